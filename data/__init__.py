@@ -1,0 +1,1 @@
+"""Shards, decoding, dual-rate clips and the toy world."""

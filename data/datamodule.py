@@ -1,0 +1,184 @@
+"""The data module: shards to batches, on any number of ranks and workers; its state is one integer."""
+
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data.clip import Clip
+from data.datasets import ClipDataset, FixedClips, Prompts, Stream, captions, collate, read_prompts
+from data.encoded import check_fingerprint, encode_shards
+from data.order import PositionBatches
+from data.shards import Shards, expand, index_path, write_shard
+from data.toy import toy_clip
+from lightning_semgen.errors import UserError
+
+TOY_SHARD, TOY_HELDOUT = 256, 192  # clips in a shard of the toy world; 192 = 12 of each held-out composition
+
+
+class VideoDataModule(LightningDataModule):
+    """Captioned clips from WebDataset shards, and prompts to generate from.
+
+    Args:
+        train_shards: glob or brace pattern (or a list) of the shards to train on.
+        val_shards: the same for validation and test.
+        batch_size: clips in a batch of one device.
+        num_frames: frames of a clip at `fps`; 4k + 1 for VAEs that compress time by 4.
+        height: of the frames in pixels; a video is scaled to cover height and width and cropped in the middle.
+        width: likewise.
+        fps: frames per second that the VAE sees.
+        semantic_fps: frames per second that the semantic encoder sees.
+        encoded: folder of encoded shards; what the frozen parts say of the clips is written there once, by the first
+            fit or by `lightning encode`, and read from there ever after.
+        toy_clips: if > 0, a toy world with that many training clips is rendered where the shards are missing.
+        prompts: text file with one prompt a line, for predict.
+        samples_per_prompt: videos for each prompt, with seeds `seed`, `seed` + 1, …
+        num_workers: processes that read and decode.
+        seed: of the order of samples and of everything random about them; set by seed_everything.
+    """
+
+    def __init__(
+        self,
+        train_shards: str | list[str] = "shards/toy/train-*.tar",
+        val_shards: str | list[str] = "shards/toy/heldout-*.tar",
+        batch_size: int = 32,
+        num_frames: int = 49,
+        height: int = 48,
+        width: int = 48,
+        fps: float = 24.0,
+        semantic_fps: float = 1.6,
+        encoded: str | None = None,
+        toy_clips: int = 0,
+        prompts: str | None = None,
+        samples_per_prompt: int = 1,
+        num_workers: int = 1,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.shards = {"train": train_shards, "val": val_shards}
+        self.clip = Clip(num_frames, height, width, fps, semantic_fps)
+        self.encoded = None if encoded is None else Path(encoded)
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.prompts, self.samples_per_prompt, self.toy_clips = prompts, samples_per_prompt, toy_clips
+        self.delivered = 0
+
+    # What has to be there before training
+
+    def prepare_data(self) -> None:
+        if self.trainer.state.fn == "predict":
+            return
+        if self.toy_clips:
+            render_toy_world(self.shards["train"], "train", self.toy_clips, self.clip)
+            render_toy_world(self.shards["val"], "heldout", TOY_HELDOUT, self.clip)
+        if self.encoded is not None and self.trainer.state.fn != "test":
+            self.encode()
+
+    def encode(self) -> None:
+        """Runs the stage's frozen parts over all shards that have not been encoded yet."""
+        stage = self.trainer.lightning_module
+        for split in self.shards:
+            encode_shards(
+                self._clips(split, encoded=False),
+                self.encoded / split,
+                stage.fingerprint(),
+                stage.encode,
+                self.batch_size,
+                num_workers=self.num_workers,
+                collate_fn=collate,
+            )
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.encoded is not None:
+            for split in self.shards:
+                check_fingerprint(self.encoded / split, self.trainer.lightning_module.fingerprint())
+
+    def _clips(self, split: str, encoded: bool) -> ClipDataset:
+        patterns = self.shards[split]
+        if encoded:
+            patterns = [str(self.encoded / split / path.name) for path in expand(patterns)]
+        shards = Shards(patterns)
+        if shards.uncaptioned:
+            rank_zero_info(
+                f"{split}: {shards.uncaptioned} samples without a caption are skipped, {len(shards)} are used."
+            )
+        return ClipDataset(shards, self.clip)
+
+    # Loaders
+
+    def train_dataloader(self) -> DataLoader:
+        return self.stream(self.delivered)
+
+    def stream(self, start: int) -> DataLoader:
+        """The endless training stream from a position on."""
+        clips = Stream(self._clips("train", self.encoded is not None), self.seed)
+        batches = PositionBatches(start, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
+        return self._loader(clips, batch_sampler=batches, persistent_workers=self.num_workers > 0)
+
+    def val_dataloader(self) -> DataLoader:
+        clips = FixedClips(self._clips("val", self.encoded is not None))
+        return self._loader(clips, batch_size=self.batch_size, sampler=self._share(clips))
+
+    def test_dataloader(self) -> DataLoader:
+        prompts = Prompts(captions(Shards(self.shards["val"])), self.seed, self.samples_per_prompt)
+        return self._loader(prompts, batch_size=self.batch_size, sampler=self._share(prompts))
+
+    def predict_dataloader(self) -> DataLoader:
+        if self.prompts is None:
+            raise UserError(
+                "There is nothing to generate from: give a text file with one prompt a line as --data.prompts."
+            )
+        prompts = Prompts(read_prompts(self.prompts), self.seed, self.samples_per_prompt)
+        return self._loader(prompts, batch_size=self.batch_size, sampler=self._share(prompts))
+
+    def _loader(self, dataset: Dataset, **options) -> DataLoader:
+        return DataLoader(dataset, collate_fn=collate, num_workers=self.num_workers, **options)
+
+    def _share(self, dataset: Dataset) -> range:
+        """This rank's samples of a finite set; what does not divide by the ranks is left out, so that none waits."""
+        world = self.trainer.world_size
+        return range(self.trainer.global_rank, len(dataset) // world * world, world)
+
+    # State: how many samples have been delivered, on all ranks together
+
+    def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        if self.trainer.training:
+            first = int(batch["position"][0]) - self.trainer.global_rank * self.batch_size
+            self.delivered = first + self.trainer.world_size * self.batch_size
+        return batch
+
+    def state_dict(self) -> dict:
+        return {"delivered": self.delivered}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.delivered = state["delivered"]
+
+
+def render_toy_world(pattern: str | list[str], split: str, clips: int, clip: Clip) -> None:
+    """Writes the shards of a split of the toy world that are missing; the `*` of the pattern is their number."""
+    if not isinstance(pattern, str) or pattern.count("*") != 1:
+        raise UserError(
+            f"The toy world is rendered to one pattern with one *, such as shards/toy/train-*.tar, not {pattern}."
+        )
+    starts = {Path(pattern.replace("*", f"{n:06d}")): n * TOY_SHARD for n in range(-(-clips // TOY_SHARD))}
+    todo = {path: start for path, start in starts.items() if not index_path(path).exists()}
+    render = partial(
+        toy_clip, split, seed=0, num_frames=clip.num_frames, height=clip.height, width=clip.width, fps=clip.fps
+    )
+    with (
+        ProcessPoolExecutor() as pool,
+        tqdm(desc=f"rendering {split} clips", unit="clip", disable=not todo) as progress,
+    ):
+        for path, start in todo.items():
+            indices = range(start, min(start + TOY_SHARD, clips))
+            progress.total = (progress.total or 0) + len(indices)
+            write_shard(path, _samples(pool.map(render, indices, chunksize=8), progress))
+
+
+def _samples(clips, progress: tqdm):
+    for key, mp4, info in clips:
+        progress.update()
+        yield {"__key__": key, "mp4": mp4, "json": info}

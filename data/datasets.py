@@ -1,0 +1,124 @@
+"""Shards and prompt files as datasets; a sample is a dict, a batch a dict of tensors and lists."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.clip import Clip
+from data.decode import Rejected, decode_clip
+from data.encoded import PARTS, from_bytes
+from data.order import sample_at
+from data.shards import VIDEO_EXTENSIONS, Shards
+from lightning_semgen.errors import UserError
+from lightning_semgen.keyed import key_of
+
+
+class ClipDataset(Dataset):
+    """The captioned samples of video or encoded shards; raises `Rejected` for one that cannot be used.
+
+    A sample holds `frames` uint8 (T, 3, H, W) and `semantic_frames` (T_s, 3, H, W) or, from encoded shards, `features`
+    (T', H', W', D) and `latents` (C, T_z, H_z, W_z); and `caption`, `info` (its JSON), `sample` (its key).
+    """
+
+    def __init__(self, shards: Shards, clip: Clip):
+        self.shards, self.clip = shards, clip
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> dict:
+        members = self.shards.read(index)
+        encoded = {part: from_bytes(members[f"{part}.npy"]) for part in PARTS if f"{part}.npy" in members}
+        return caption_of(members) | (encoded or self._frames(members))
+
+    def _frames(self, members: dict) -> dict[str, Tensor]:
+        video = next((members[extension] for extension in VIDEO_EXTENSIONS if extension in members), None)
+        if video is None:
+            raise Rejected("no video member")
+        frames = decode_clip(video, self.clip)
+        return {"frames": frames, "semantic_frames": frames[self.clip.semantic_indices]}
+
+
+class Stream(Dataset):
+    """The endless stream of training samples: item p is what is delivered at position p.
+
+    A rejected sample is replaced by the next good one of the epoch's order and reported in `rejected`.
+    """
+
+    def __init__(self, clips: ClipDataset, seed: int):
+        self.clips, self.seed = clips, seed
+
+    def __getitem__(self, position: int) -> dict:
+        rejected = []
+        for attempt in range(len(self.clips)):
+            index = sample_at(position + attempt, self.seed, len(self.clips))
+            try:
+                sample = self.clips[index]
+            except Rejected as cause:
+                rejected.append((self.clips.shards.samples[index][1], str(cause)))
+            else:
+                return sample | {"position": position, "key": key_of(self.seed, position), "rejected": rejected}
+        raise UserError(
+            f"No sample of {self.clips.shards.paths[0].parent} can be used: {rejected[-1][0]} {rejected[-1][1]}."
+        )
+
+
+class FixedClips(Dataset):
+    """Validation samples in order, with keys that never change, so that losses of different runs compare."""
+
+    def __init__(self, clips: ClipDataset):
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.clips[index] | {"position": index, "key": key_of("validation", index)}
+
+
+class Prompts(Dataset):
+    """Prompts to generate from: `caption`, `info` (what else is known of it), `seed`, and the `key` of its noise."""
+
+    def __init__(self, infos: list[dict], seed: int, per_prompt: int = 1):
+        self.rows = [(info, seed + repeat) for info in infos for repeat in range(per_prompt)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        info, seed = self.rows[index]
+        return {"caption": info["caption"], "info": info, "seed": seed, "number": index, "key": key_of("sample", seed)}
+
+
+def caption_of(members: dict) -> dict:
+    info = json.loads(members["json"])
+    return {"caption": info["caption"], "info": info, "sample": members["__key__"]}
+
+
+def captions(shards: Shards) -> list[dict]:
+    """The JSON of every sample."""
+    return [caption_of(shards.read(index))["info"] for index in range(len(shards))]
+
+
+def read_prompts(path: str) -> list[dict]:
+    """A text file with one prompt a line; UserError where there is none."""
+    if not Path(path).is_file():
+        raise UserError(f"There is no prompt file {path}: data.prompts takes a text file with one prompt a line.")
+    prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"The prompt file {path} is empty: write one prompt a line.")
+    return [{"caption": prompt} for prompt in prompts]
+
+
+def collate(samples: list[dict]) -> dict:
+    """Stacks tensors, makes tensors of the numbers `position` and `key`, lists the rest."""
+    batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+    for name, values in batch.items():
+        if isinstance(values[0], Tensor):
+            batch[name] = torch.stack(values)
+        elif name in ("position", "key"):
+            batch[name] = torch.tensor(values)
+    return batch

@@ -1,0 +1,62 @@
+"""Video bytes to the frames of a clip, chosen by timestamp."""
+
+import io
+from collections.abc import Iterator
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.clip import Clip
+
+
+class Rejected(Exception):
+    """Why a sample cannot be used; its text is the cause that is counted."""
+
+
+def decode_clip(video: bytes, clip: Clip, start: float = 0.0) -> Tensor:
+    """Frames uint8 (T, 3, H, W) of the clip that begins `start` seconds into the video.
+
+    The frame of a grid time is the one whose display interval holds that time. The picture is scaled to cover the
+    clip's size and cropped in the middle.
+    """
+    wanted = iter((clip.times + start).tolist())
+    frames, goal, shown = [], next(wanted), None
+    try:
+        for time, frame in _timed_frames(video):
+            while goal is not None and shown is not None and time > goal + 1e-4:
+                frames.append(shown)
+                goal = next(wanted, None)
+            if goal is None:
+                break
+            shown = _scaled(frame, clip)
+    except (av.FFmpegError, IndexError) as error:
+        raise Rejected(f"does not decode: {type(error).__name__}") from error
+    if goal is not None and len(frames) == clip.num_frames - 1:
+        frames.append(shown)  # the last grid time lies within the last frame of the file
+    if len(frames) < clip.num_frames:
+        raise Rejected(f"shorter than {start + clip.duration:.2f} s")
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+
+
+def _timed_frames(video: bytes) -> Iterator[tuple[float, av.VideoFrame]]:
+    with av.open(io.BytesIO(video)) as container:
+        stream = container.streams.video[0]
+        stream.thread_count = 1  # workers are the parallelism
+        first = None
+        for frame in container.decode(stream):
+            if frame.pts is None:
+                raise Rejected("a frame without a timestamp")
+            first = frame.pts if first is None else first
+            yield float((frame.pts - first) * frame.time_base), frame
+
+
+def _scaled(frame: av.VideoFrame, clip: Clip) -> np.ndarray:
+    """(H, W, 3): scaled to cover, cropped in the middle."""
+    scale = max(clip.height / frame.height, clip.width / frame.width)
+    height = max(round(frame.height * scale), clip.height)
+    width = max(round(frame.width * scale), clip.width)
+    rgb = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
+    top, left = (height - clip.height) // 2, (width - clip.width) // 2
+    return rgb[top : top + clip.height, left : left + clip.width]

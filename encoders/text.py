@@ -1,0 +1,69 @@
+"""Text encoders: a small one learnt with the generator from bytes, or any frozen one of transformers."""
+
+import torch
+from torch import Tensor, nn
+
+from encoders.base import Frozen
+from lightning_semgen.errors import UserError
+
+
+class ByteTextEncoder(nn.Module):
+    """Learnt from bytes, without a vocabulary: captions of up to 96 bytes to 24 embeddings.
+
+    Two strided convolutions gather bytes into about words, two transformer layers let words meet.
+    """
+
+    max_bytes, learnt = 96, True
+
+    def __init__(self, dim: int = 128):
+        super().__init__()
+        self.dim = dim
+        self.bytes = nn.Embedding(257, dim, padding_idx=256)
+        self.gather = nn.Sequential(
+            nn.Conv1d(dim, dim, 5, stride=2, padding=2), nn.GELU(), nn.Conv1d(dim, dim, 5, stride=2, padding=2)
+        )
+        self.positions = nn.Parameter(torch.randn(self.max_bytes // 4, dim) * 0.02)
+        layer = nn.TransformerEncoderLayer(dim, 4, 2 * dim, dropout=0.0, batch_first=True, norm_first=True)
+        self.mix = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
+
+    def prepare(self, captions: list[str], device: torch.device) -> Tensor:
+        """Byte values (B, 96), padded with 256; what is longer is cut."""
+        rows = [list(c.encode()[: self.max_bytes]) for c in captions]
+        return torch.tensor([row + [256] * (self.max_bytes - len(row)) for row in rows], device=device)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Byte values (B, 96) to embeddings (B, 24, dim)."""
+        return self.mix(self.gather(self.bytes(ids).transpose(1, 2)).transpose(1, 2) + self.positions)
+
+
+class FrozenTextEncoder(Frozen):
+    """A text encoder of transformers: captions to embeddings padded with zeros to `max_tokens`, as Wan has it."""
+
+    learnt = False
+
+    def __init__(self, name: str, max_tokens: int = 512):
+        from transformers import AutoModelForTextEncoding, AutoTokenizer
+
+        super().__init__()
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.model = AutoModelForTextEncoding.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"The text encoder {name!r} is neither 'bytes' nor a folder nor a model at hand; fetch it with"
+                f" `hf download {name}` or give its folder ({str(error).splitlines()[0]})."
+            ) from error
+        self.dim, self.max_tokens = self.model.config.hidden_size, max_tokens
+
+    @torch.no_grad()
+    def prepare(self, captions: list[str], device: torch.device) -> Tensor:
+        """Embeddings (B, max_tokens, dim)."""
+        tokens = self.tokenizer(
+            captions, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+        ).to(device)
+        return self.model(**tokens).last_hidden_state * tokens.attention_mask[..., None]
+
+
+def build_text_encoder(name: str) -> ByteTextEncoder | FrozenTextEncoder:
+    """`bytes`, or the hub id or folder of an encoder of transformers."""
+    return ByteTextEncoder() if name == "bytes" else FrozenTextEncoder(name).freeze()

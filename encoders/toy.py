@@ -1,0 +1,46 @@
+"""The embedded encoder: a tiny VideoMAE (transformers' own class), trained on the toy world by configs/toy/encoder.yaml."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import VideoMAEModel
+
+from encoders.base import FrozenEncoder
+
+WEIGHTS = Path(__file__).parent / "weights"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class ToyEncoder(FrozenEncoder):
+    """VideoMAE on windows of `config.num_frames` frames, squashed to the trained square.
+
+    Windows are independent; the last is filled up by repeating its final frame, and the surplus is cut.
+    """
+
+    def __init__(self, weights: str):
+        super().__init__()
+        self.model = VideoMAEModel.from_pretrained(WEIGHTS / weights, dtype=torch.float32)
+        config = self.model.config
+        self.dim, self.tubelet = config.hidden_size, config.tubelet_size
+        self.window, self.side = config.num_frames, config.image_size
+        self.cells = config.image_size // config.patch_size
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        return frames // self.tubelet, self.cells, self.cells
+
+    def preprocess(self, frames: Tensor) -> Tensor:
+        pixels = frames.flatten(0, 1).to(self.mean.dtype) / 255
+        if pixels.shape[-2:] != (self.side, self.side):
+            pixels = F.interpolate(pixels, (self.side, self.side), mode="bilinear", antialias=True)
+        return ((pixels - self.mean) / self.std).unflatten(0, frames.shape[:2])
+
+    def features(self, pixels: Tensor) -> Tensor:
+        batch, steps = len(pixels), pixels.shape[1] // self.tubelet
+        surplus = -pixels.shape[1] % self.window
+        pixels = torch.cat([pixels, pixels[:, -1:].expand(-1, surplus, -1, -1, -1)], dim=1)
+        tokens = self.model(pixels.unflatten(1, (-1, self.window)).flatten(0, 1)).last_hidden_state
+        return tokens.reshape(batch, -1, self.cells, self.cells, self.dim)[:, :steps]

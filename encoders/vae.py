@@ -1,0 +1,87 @@
+"""Frozen video VAEs behind one interface, diffusers' own, and the VAE as a semantic encoder (the paper's baseline)."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from encoders.base import Frozen, FrozenEncoder
+from encoders.toy import WEIGHTS
+from encoders.toy_vae import ToyVideoVAE
+from lightning_semgen.errors import UserError
+
+VAES = {"toy": (ToyVideoVAE, WEIGHTS / "toy_vae")}
+
+
+class FrozenVAE(Frozen):
+    """Frames to normalised latents and back, through any diffusers video VAE whose first latent is one frame.
+
+    Attributes:
+        channels: C of the latents.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model, config = model, model.config
+        self.channels = config.z_dim
+        self.time_stride, self.space_stride = config.scale_factor_temporal, config.scale_factor_spatial
+        for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1, 1), persistent=False)
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(T_z, H_z, W_z); UserError where the VAE has no whole latents for that clip."""
+        if (frames - 1) % self.time_stride or height % self.space_stride or width % self.space_stride:
+            raise UserError(
+                f"The VAE cannot encode {frames} frames of {height}×{width}: it needs {self.time_stride}·k + 1 frames"
+                f" and sides that are multiples of {self.space_stride}; change data.num_frames, data.height or data.width."
+            )
+        return 1 + (frames - 1) // self.time_stride, height // self.space_stride, width // self.space_stride
+
+    def seconds(self, times: Tensor) -> Tensor:
+        """Frame times (T,) to latent times (T_z,): the first latent sees one frame, each next one `time_stride` more."""
+        return times[:: self.time_stride]
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 frames (B, T, 3, H, W) to latents (B, C, T_z, H_z, W_z) of about unit variance."""
+        video = frames.to(self.mean.dtype).transpose(1, 2) / 127.5 - 1
+        return (self.model.encode(video).latent_dist.mode() - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, T_z, H_z, W_z) to uint8 frames (B, T, 3, H, W)."""
+        video = self.model.decode(latents * self.std + self.mean).sample
+        return ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).transpose(1, 2)
+
+
+def build_vae(name: str) -> FrozenVAE:
+    """The VAE of that name, frozen; an unknown one is a UserError that lists the known."""
+    if name not in VAES:
+        raise UserError(f"There is no VAE {name!r}; known VAEs: {', '.join(VAES)}.")
+    model, weights = VAES[name]
+    return FrozenVAE(model.from_pretrained(weights, torch_dtype=torch.float32)).freeze()
+
+
+class VAEEncoder(FrozenEncoder):
+    """VAE latents of the video stream, area-pooled to `semantic_grid` (T', H', W'), as features."""
+
+    stream = "video"
+
+    def __init__(self, weights: None = None, vae: str = "toy", semantic_grid: tuple[int, int, int] = (2, 3, 3)):
+        super().__init__()
+        self.vae, self.semantic_grid = build_vae(vae), tuple(semantic_grid)
+        self.dim, self.tubelet = self.vae.channels, 1
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        return self.semantic_grid
+
+    def seconds(self, times: Tensor) -> Tensor:
+        latents, steps = self.vae.seconds(times), self.semantic_grid[0]
+        last = [-(-(step + 1) * len(latents) // steps) - 1 for step in range(steps)]  # where adaptive pooling ends
+        return latents[last]
+
+    def preprocess(self, frames: Tensor) -> Tensor:
+        return frames
+
+    def features(self, pixels: Tensor) -> Tensor:
+        return rearrange(F.adaptive_avg_pool3d(self.vae.encode(pixels), self.semantic_grid), "b c t h w -> b t h w c")

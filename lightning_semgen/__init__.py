@@ -1,0 +1,1 @@
+"""Text-to-video generation in semantic space (SemanticGen, arXiv 2512.20619)."""

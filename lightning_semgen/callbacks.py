@@ -1,0 +1,118 @@
+"""What is seen while a stage runs, and what predict and test leave behind."""
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.mp4 import write_mp4
+from lightning_semgen.pictures import add_animation, animated_grid, contact_sheet, file_name
+from lightning_semgen.stage import Stage
+
+SHOWN = 8  # videos of a validation, rows of a contact sheet ×2
+
+
+class Throughput(Callback):
+    """Logs clips/s, the share of time spent waiting for data, and rejected samples by cause."""
+
+    def on_train_start(self, trainer: Trainer, stage: Stage) -> None:
+        self.rejected: Counter = Counter()
+        self._begin(time.perf_counter())
+
+    def _begin(self, now: float) -> None:
+        self.since, self.last, self.clips, self.waited = now, now, 0, 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, stage: Stage, batch: dict, batch_idx: int) -> None:
+        self.waited += time.perf_counter() - self.last
+        for key, cause in sum(batch.get("rejected", []), []):
+            if not self.rejected[cause]:
+                rank_zero_warn(f"Sample {key} is skipped: {cause}. Others of this cause are only counted.")
+            self.rejected[cause] += 1
+
+    def on_train_batch_end(self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int) -> None:
+        self.clips += len(batch["caption"]) * trainer.world_size
+        self.last = now = time.perf_counter()
+        if trainer.global_step % trainer.log_every_n_steps == 0 and now > self.since:
+            elapsed = now - self.since
+            values = {"speed/clips_per_second": self.clips / elapsed, "speed/data_wait_share": self.waited / elapsed}
+            values |= {f"rejected/{cause}": float(count) for cause, count in self.rejected.items()}
+            stage.log_dict(values, batch_size=1)
+            self._begin(now)
+
+    def on_validation_end(self, trainer: Trainer, stage: Stage) -> None:
+        if not trainer.sanity_checking:
+            self._begin(time.perf_counter())  # validation is neither work nor waiting for data
+
+
+class ShowVideos(Callback):
+    """At each validation, videos from the first prompts, playing above them in TensorBoard, once both runs are there."""
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx or trainer.sanity_checking or trainer.logger is None or not isinstance(stage, Stage):
+            return
+        if trainer.is_global_zero and stage.can_make_videos():
+            prompts = batch["caption"][:SHOWN]
+            videos = stage.videos(prompts, batch["key"][:SHOWN])
+            gif = animated_grid(videos, prompts, stage.clip.fps)
+            add_animation(trainer.logger.experiment, "videos", gif, trainer.global_step)
+
+
+class WriteResults(BasePredictionWriter):
+    """predict: a file for each prompt in <run>/predict; test: videos, a contact sheet and the numbers in <run>/test."""
+
+    def __init__(self):
+        super().__init__("batch")
+
+    def write_on_batch_end(self, trainer, stage, prediction, batch_indices, batch, batch_idx, dataloader_idx) -> None:
+        folder = Path(trainer.default_root_dir) / "predict"
+        for name, values in prediction.items():
+            write = write_videos if name == "videos" else write_semantics
+            write(folder, values, batch, stage)
+        rank_zero_info(f"{len(batch['caption'])} {name} written to {folder}")
+
+    def on_test_start(self, trainer: Trainer, stage: Stage) -> None:
+        self.shown: list[tuple[Tensor, str]] = []
+
+    def on_test_batch_end(self, trainer, stage, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        write_videos(Path(trainer.default_root_dir) / "test", outputs["videos"], batch, stage)
+        room = 2 * SHOWN - len(self.shown)
+        self.shown += list(zip(outputs["videos"], batch["caption"], strict=True))[:room]
+
+    def on_test_end(self, trainer: Trainer, stage: Stage) -> None:
+        folder = Path(trainer.default_root_dir) / "test"
+        if trainer.is_global_zero:
+            videos, prompts = zip(*self.shown, strict=True)
+            sheet = folder / "contact_sheet.png"
+            contact_sheet(torch.stack(videos), prompts).save(sheet)
+            numbers = folder / "numbers.json"
+            numbers.write_text(
+                json.dumps({k: round(v.item(), 4) for k, v in trainer.callback_metrics.items()}, indent=1)
+            )
+            rank_zero_info(f"Videos: {folder}\nContact sheet: {sheet}\nNumbers: {numbers}")
+
+
+def write_videos(folder: Path, videos: Tensor, batch: dict, stage: Stage) -> None:
+    """mp4 files that carry prompt and seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = zip(videos, batch["number"], batch["caption"], batch["seed"], strict=True)
+    for video, number, prompt, seed in rows:
+        metadata = {"title": prompt, "comment": f"seed={seed}"}
+        write_mp4(video, folder / file_name(number, prompt, seed, "mp4"), stage.clip.fps, metadata)
+
+
+def write_semantics(folder: Path, semantics: Tensor, batch: dict, stage: Stage) -> None:
+    """safetensors files with `semantics` (T', H', W', d) that carry prompt, seed and what the space is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {name: json.dumps(value) for name, value in stage.space.facts.items()}
+    for z, number, prompt, seed in zip(semantics, batch["number"], batch["caption"], batch["seed"], strict=True):
+        path = folder / file_name(number, prompt, seed, "safetensors")
+        save_file({"semantics": z.contiguous().cpu()}, path, {"prompt": prompt, "seed": str(seed), **facts})

@@ -1,0 +1,136 @@
+"""The `lightning` command: LightningCLI's fit, validate, test and predict, and our own COMMANDS."""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning import LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from data.clip import Clip
+from data.datamodule import VideoDataModule
+from lightning_semgen import (
+    stages,  # noqa: F401  its classes are found by their short names
+    toy_parts,  # noqa: F401
+)
+from lightning_semgen.callbacks import ShowVideos, Throughput, WriteResults
+from lightning_semgen.errors import UserError
+from lightning_semgen.runs import LAST, AtomicCheckpointIO, RunCheckpoint, SaveRunConfig, last_checkpoint, run_folder
+from lightning_semgen.stage import Stage
+
+TRAINER_DEFAULTS = {
+    "check_val_every_n_epoch": None,  # the stream of training samples has no end
+    "use_distributed_sampler": False,  # the data module shares samples between ranks itself
+    "num_sanity_val_steps": 0,
+}
+
+
+def link_clip(parser: ArgumentParser) -> None:
+    """The stage's nominal clip is what the data says, in training and wherever a stage is loaded."""
+    for field in fields(Clip):
+        parser.link_arguments(f"data.{field.name}", f"model.init_args.clip.{field.name}")
+
+
+class SemGenCLI(LightningCLI):
+    """LightningCLI whose runs are folders (see `runs`)."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        link_clip(parser)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        run = Path(config.trainer.default_root_dir or self._run_folder(config))
+        config.trainer.default_root_dir = str(run)
+        if self.subcommand:
+            config.ckpt_path = self._checkpoint(run, config.ckpt_path)
+
+    def _run_folder(self, config: Namespace) -> Path:
+        files = config.get("config") or []
+        if not files:
+            raise UserError("Which run? Give a config file with -c, or a folder with --trainer.default_root_dir.")
+        return run_folder(Path(files[-1].relative))
+
+    def _checkpoint(self, run: Path, ckpt_path: str | None) -> str | None:
+        """The checkpoint to start from; UserError where it is missing or a fit would overwrite a run."""
+        if self.subcommand == "fit" and ckpt_path is None:
+            if (run / LAST).exists():
+                raise UserError(
+                    f"{run} already holds a trained run: continue it with --ckpt_path last, train elsewhere with"
+                    " --trainer.default_root_dir FOLDER, or delete it."
+                )
+            return None
+        return str(last_checkpoint(run)) if ckpt_path in (None, "last") else ckpt_path
+
+    def instantiate_trainer(self, **kwargs):
+        config = self._get(self.config_init, "trainer")
+        run = Path(config.default_root_dir)
+        if config.logger is None:
+            resumed = self._get(self.config, "ckpt_path") if self.subcommand == "fit" else None
+            step = torch.load(resumed, map_location="meta", weights_only=True)["global_step"] if resumed else None
+            folder = run if self.subcommand == "fit" else run / self.subcommand
+            kwargs["logger"] = TensorBoardLogger(folder, name="", version="", purge_step=step and step + 1)
+        plugins = config.plugins or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+
+def run(args: list[str] | None = None, execute: bool = True) -> SemGenCLI:
+    """Parses arguments and, if they are a subcommand's to execute, runs it."""
+    return SemGenCLI(
+        LightningModule,
+        VideoDataModule,
+        subclass_mode_model=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=SaveRunConfig,
+        trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [Throughput(), ShowVideos(), WriteResults()]},
+        args=args,
+        run=execute,
+    )
+
+
+def instantiate(config: dict) -> Stage:
+    """The stage of a saved config.yaml, without its weights."""
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Stage, "model", required=True)
+    parser.add_class_arguments(VideoDataModule, "data")
+    link_clip(parser)
+    return parser.instantiate_classes(parser.parse_object({name: config[name] for name in ("model", "data")})).model
+
+
+def encode(args: list[str]) -> None:
+    """Runs the frozen parts of a config over its shards and keeps what they say in data.encoded."""
+    cli = run(args, execute=False)
+    if cli.datamodule.encoded is None:
+        raise UserError("Where to? Name a folder for the encoded shards with --data.encoded.")
+    cli.trainer.strategy.connect(cli.model)
+    cli.datamodule.trainer = cli.model.trainer = cli.trainer
+    cli.datamodule.prepare_data()
+
+
+COMMANDS = {"encode": encode}
+
+
+def user_error(error: BaseException | None) -> UserError | None:
+    """The user's mistake behind an error; jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error
+
+
+def main() -> None:
+    """A user's mistake ends the command with one sentence and exit code 1."""
+    try:
+        if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+            COMMANDS[sys.argv[1]](sys.argv[2:])
+        else:
+            run()
+    except Exception as error:
+        if (mistake := user_error(error)) is None:
+            raise
+        sys.exit(f"lightning: {mistake}")

@@ -1,0 +1,68 @@
+"""Rectified flow (SemanticGen §3.1): z_t = (1 − t) z_0 + t ε, the network predicts v = ε − z_0, t = 1 is noise.
+
+Plain functions on tensors. z is (B, …), t is (B,) in [0, 1].
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def _like(t: Tensor, z: Tensor) -> Tensor:
+    return t.view(-1, *[1] * (z.ndim - 1))
+
+
+def interpolate(z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """z_t, the point at time t on the straight line from data to noise."""
+    t = _like(t, z_0)
+    return (1 - t) * z_0 + t * eps
+
+
+def velocity(z_0: Tensor, eps: Tensor) -> Tensor:
+    """The regression target dz_t/dt, the same at every t."""
+    return eps - z_0
+
+
+def data(z_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """z_0 from a point and its velocity."""
+    return z_t - _like(t, z_t) * v
+
+
+def noise(z_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """ε from a point and its velocity."""
+    return z_t + (1 - _like(t, z_t)) * v
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Moves times towards noise by the factor `shift`; 1 leaves them as they are."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def logit_normal(n: Tensor, shift: float) -> Tensor:
+    """Training times from standard normal numbers: sigmoid(n), shifted."""
+    return shift_time(torch.sigmoid(n), shift)
+
+
+def dimension_shift(numbers: int, low: float = 1.0, high: float = 8.0) -> float:
+    """√(N·d / 4096), clamped: the shift for a sample of N tokens with d channels (RAE, arXiv 2510.11690)."""
+    return min(max(math.sqrt(numbers / 4096), low), high)
+
+
+def sampling_times(steps: int, shift: float) -> Tensor:
+    """The `steps` + 1 times that Euler visits, from 1 down to 0."""
+    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
+
+
+def guide(v: Tensor, *without: tuple[Tensor, float]) -> Tensor:
+    """Classifier-free guidance: for each (velocity without a condition, scale), moves v away by scale − 1."""
+    return v + sum((scale - 1) * (v - other) for other, scale in without)
+
+
+@torch.no_grad()
+def euler(predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, times: Tensor) -> Tensor:
+    """Follows `predict(z_t, t)` from noise z at times[0] to times[-1]."""
+    for t, t_next in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+        z = z + (t_next - t) * predict(z, z.new_full((len(z),), t))
+    return z

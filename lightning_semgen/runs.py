@@ -1,0 +1,92 @@
+"""A run is a folder: config.yaml, checkpoints/, TensorBoard. Where it is, what it holds, how it is written."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lightning_semgen.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_semgen.stage import Stage
+
+CONFIG, LAST = "config.yaml", Path("checkpoints") / "last.ckpt"
+
+
+def run_folder(config: Path) -> Path:
+    """Where the run of a config file is: its own folder if it was saved there by a fit, else runs/<its name>."""
+    return config.parent if config.name == CONFIG else Path("runs") / config.stem
+
+
+def last_checkpoint(run: str | Path) -> Path:
+    """The last checkpoint of a run; UserError where nothing has been trained there."""
+    if not (path := Path(run) / LAST).is_file():
+        raise UserError(f"There is no trained run in {run} ({path} is missing): train it with `lightning fit` first.")
+    return path
+
+
+def load_checkpoint(run: str | Path) -> dict[str, Any]:
+    return torch.load(last_checkpoint(run), map_location="cpu", weights_only=True)
+
+
+def load_stage(run: str | Path) -> "Stage":
+    """The stage of a run with the weights of its last checkpoint, in eval mode."""
+    from lightning_semgen.cli import instantiate
+
+    checkpoint = load_checkpoint(run)
+    stage = instantiate(yaml.safe_load((Path(run) / CONFIG).read_text()))
+    stage.load_state_dict(checkpoint["state_dict"])
+    return stage.eval()
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps the last checkpoint of a run, and one at the very end.
+
+    Args:
+        every_n_train_steps: optimiser steps between two checkpoints.
+    """
+
+    def __init__(self, every_n_train_steps: int = 500):
+        super().__init__(
+            filename=LAST.stem, every_n_train_steps=every_n_train_steps, save_top_k=1, enable_version_counter=False
+        )
+
+    def setup(self, trainer: Trainer, pl_module: "Stage", stage: str) -> None:
+        self.dirpath = str(Path(trainer.default_root_dir).absolute() / LAST.parent)
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: Trainer, pl_module: "Stage") -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            trainer.save_checkpoint(Path(self.dirpath) / LAST.name)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A checkpoint file is whole or not there: written beside its place, then renamed."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        partial.replace(path)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """`fit` writes config.yaml into the run folder, without the folder's own name, so that a run can be moved."""
+
+    def __init__(self, parser, config, **options):
+        super().__init__(parser, config, overwrite=True, save_to_log_dir=False, **options)
+
+    def save_config(self, trainer: Trainer, pl_module: "Stage", stage: str) -> None:
+        if stage != "fit":
+            return
+        config = self.config.clone()
+        config.trainer.default_root_dir = None
+        config.ckpt_path = None
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(config, folder / CONFIG, skip_none=False, overwrite=True)

@@ -1,0 +1,289 @@
+"""What the two stages share: a generator prompted by text and its EMA twin, and how they learn, validate and sample."""
+
+import math
+from copy import deepcopy
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from lightning import LightningModule
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+
+from data.clip import Clip
+from encoders.base import Frozen
+from encoders.text import build_text_encoder
+from lightning_semgen import flow, keyed
+from lightning_semgen.compressor import Posterior
+from lightning_semgen.errors import UserError
+from lightning_semgen.metrics import Adherence, TimeBands
+from lightning_semgen.runs import LAST, load_stage
+from lightning_semgen.semantics import SemanticSpace
+from lightning_semgen.transformer import Semantics, VideoTransformer, size_of
+
+
+class Generator(nn.Module):
+    """What is trained: the transformer and, if it is learnt, the text encoder."""
+
+    def __init__(self, text: nn.Module, transformer: VideoTransformer):
+        super().__init__()
+        self.text, self.transformer = text, transformer
+
+    def forward(
+        self, z: Tensor, t: Tensor, prompt: Tensor, seconds: tuple[float, ...], semantics: Semantics | None = None
+    ) -> Tensor:
+        return self.transformer(z, t, self.text(prompt), seconds, semantics)
+
+
+class Stage(LightningModule):
+    """A text-prompted generator trained by rectified flow.
+
+    Args:
+        clip: the nominal clip; set by the data's options.
+        encoder: the frozen semantic encoder, a row of `encoders.ENCODERS`.
+        encoder_options: the encoder's own options.
+        compressor: "learn", or the folder of the run that learnt it.
+        semantic_dim: d, channels of the semantics; null: no compression.
+        size: a row of `transformer.SIZES`.
+        text_encoder: "bytes" (small, learnt with the generator), or hub id or folder of an encoder of transformers.
+        rotary_rate: rotary positions per second; null: the video's latents per second, fps / 4.
+        lr: peak learning rate, reached after `warmup_steps`, then falling by a cosine to 0 at trainer.max_steps.
+        warmup_steps: optimiser steps of linear warm-up.
+        weight_decay: AdamW's, on matrices only.
+        ema_decay: of the EMA twin, which validates and samples.
+        compressor_steps: step by which a learnt compressor's learning rate has fallen to 0; there its statistics are
+            measured anew and it is frozen.
+        kl_weight: weight of the compressor's KL to N(0, 1), summed over channels, mean over tokens.
+        prompt_dropout: share of training prompts replaced by the empty one, for guidance.
+        guidance_scale: classifier-free guidance on the prompt at sampling; 1 is none.
+        sampling_steps: Euler steps from noise to data.
+    """
+
+    seconds: tuple[float, ...]  # of the steps of the generated thing
+    shift: float  # of the flow's times, in training and sampling
+    partner_run: str | None  # folder of the other stage's run, with which this one makes videos
+
+    def __init__(
+        self,
+        clip: Clip,
+        encoder: str = "toy",
+        encoder_options: dict | None = None,
+        compressor: str = "learn",
+        semantic_dim: int | None = 8,
+        size: str = "toy",
+        text_encoder: str = "bytes",
+        rotary_rate: float | None = None,
+        lr: float = 1e-3,
+        warmup_steps: int = 100,
+        weight_decay: float = 0.01,
+        ema_decay: float = 0.999,
+        compressor_steps: int = 1000,
+        kl_weight: float = 1e-6,
+        prompt_dropout: float = 0.1,
+        guidance_scale: float = 3.0,
+        sampling_steps: int = 30,
+    ):
+        super().__init__()
+        self.clip, self.size, self.rotary_rate = clip, size_of(size), rotary_rate or clip.fps / 4
+        self.lr, self.warmup_steps, self.weight_decay, self.ema_decay = lr, warmup_steps, weight_decay, ema_decay
+        self.kl_weight, self.prompt_dropout = kl_weight, prompt_dropout
+        self.guidance_scale, self.sampling_steps = guidance_scale, sampling_steps
+        self.compressor_steps = compressor_steps if semantic_dim is not None else 0  # nothing to learn without d
+        self.encoder_facts = {"encoder": encoder, "encoder_options": encoder_options or {}}
+        self.space = None
+        if encoder != "none":
+            run = None if compressor == "learn" else compressor
+            self.space = SemanticSpace(clip, encoder, encoder_options or {}, semantic_dim, run)
+        self.learns_compressor = self.space is not None and compressor == "learn"
+        self.bands, self.adherence = TimeBands(), Adherence()
+        self._text = (build_text_encoder(text_encoder),)  # tuples hide what is frozen from the module tree
+
+    def build_generator(self, channels: int, patch: tuple[int, int, int], semantic_dim: int | None) -> None:
+        """Makes the generator of things with that many channels, and its EMA twin."""
+        text = self._text[0]
+        transformer = VideoTransformer(channels, text.dim, self.size, patch, semantic_dim, self.rotary_rate)
+        self.generator = Generator(text if text.learnt else nn.Identity(), transformer)
+        self.ema = deepcopy(self.generator).requires_grad_(False)
+
+    @property
+    def frozen(self) -> list[Frozen]:
+        """The parts outside the module tree: never in a checkpoint, an EMA twin or an optimiser."""
+        parts = [self._text[0]] + ([self.space.encoder] if self.space is not None else [])
+        return [part for part in parts if isinstance(part, Frozen)]
+
+    def setup(self, stage: str) -> None:
+        self.move_frozen(self.device)
+
+    def move_frozen(self, device: torch.device) -> None:
+        for part in self.frozen:
+            part.to(device)
+
+    # Encoded shards
+
+    def fingerprint(self) -> dict:
+        """What encoded shards must have been made with to fit this stage."""
+        weights = {} if self.space is None else {"encoder_weights": self.space.encoder.fingerprint()}
+        return self.encoder_facts | weights | {"clip": vars(self.clip)}
+
+    def encode(self, batch: dict) -> dict[str, Tensor]:
+        """What the frozen parts say of a batch of frames: {"features": (B, T', H', W', D)}."""
+        device = self.trainer.strategy.root_device
+        self.move_frozen(device)
+        return self.encoded_parts(move_data_to_device(batch, device))
+
+    def encoded_parts(self, batch: dict) -> dict[str, Tensor]:
+        return {} if self.space is None else {"features": self.space.features(batch)}
+
+    # Learning
+
+    def flow_loss(
+        self, network: Generator, z_0: Tensor, batch: dict, t: Tensor, captions: list[str], semantics: Semantics | None
+    ) -> Tensor:
+        """Squared error of the velocity of each sample (B,), at times t (B,)."""
+        eps = keyed.normal(batch["key"], "noise", *z_0.shape[1:])
+        prompt = self.prepare(captions)
+        v = network(flow.interpolate(z_0, eps, t), t, prompt, self.seconds, semantics)
+        return (v.float() - flow.velocity(z_0, eps)).square().flatten(1).mean(1)
+
+    def training_flow_loss(self, z_0: Tensor, batch: dict, semantics: Semantics | None = None) -> Tensor:
+        """The training loss, a scalar, with random times and dropped prompts; logs it, also in bands of t."""
+        keys = batch["key"]
+        t = flow.logit_normal(keyed.normal(keys, "time"), self.shift)
+        dropped = (keyed.uniform(keys, "prompt dropout") < self.prompt_dropout).tolist()
+        captions = ["" if drop else c for drop, c in zip(dropped, batch["caption"], strict=True)]
+        losses = self.flow_loss(self.generator, z_0, batch, t, captions, semantics)
+        self.bands.update(losses, t)
+        self.log_train(flow_loss=losses.mean())
+        return losses.mean()
+
+    def validation_times(self, batch: dict) -> Tensor:
+        """Fixed times (B,) that fill the training distribution evenly, whatever the number of samples."""
+        quantile = (0.5 + batch["position"].double() * (math.sqrt(5) - 1) / 2) % 1
+        return flow.logit_normal(torch.special.ndtri(quantile), self.shift).float()
+
+    def kl_loss(self, posterior: Posterior) -> Tensor:
+        """The compressor's weighted KL, a scalar; its samples enter the running statistics until it is frozen."""
+        if self.global_step < self.compressor_steps:
+            self.space.compressor.standardise.observe(posterior.z)
+        self.log_train(kl=posterior.kl.mean())
+        return self.kl_weight * posterior.kl.mean()
+
+    def on_train_start(self) -> None:
+        self._measured = False
+
+    def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
+        if self.learns_compressor and self.global_step == self.compressor_steps and not self._measured:
+            data = self.trainer.datamodule
+            batches = (move_data_to_device(b, self.device) for b in data.stream(data.delivered))
+            self.space.measure(batches, data.batch_size * self.trainer.world_size)
+            self._measured = True
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.generator.parameters() if p.grad is not None]
+        self.log_train(gradient_norm=torch.nn.utils.get_total_norm(gradients))
+        if self.learns_compressor and self.global_step < self.compressor_steps:
+            self.space.compressor.standardise.update()
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        super().optimizer_step(*args, **kwargs)
+        decay = min(self.ema_decay, (1 + self.global_step) / (10 + self.global_step))  # a short memory at first
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - decay)
+
+    def configure_optimizers(self) -> dict:
+        steps = self.trainer.max_steps
+        generator = [p for p in self.generator.parameters() if p.requires_grad]
+        names = {id(p) for p in generator}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in names]
+        generator_factor = partial(learning_rate_factor, warmup=self.warmup_steps, end=steps)
+        groups = [
+            {"params": [p for p in generator if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in generator if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        factors = [generator_factor, generator_factor]
+        if rest:  # the compressor and what teaches it
+            groups.append({"params": rest, "weight_decay": 0.0})
+            factors.append(partial(learning_rate_factor, warmup=self.warmup_steps, end=self.compressor_steps))
+        optimizer = torch.optim.AdamW(groups, self.lr, betas=(0.9, 0.99))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_end(self, outputs, batch: dict, batch_idx: int) -> None:
+        rates = self.lr_schedulers().get_last_lr()
+        self.log_train(learning_rate=rates[0])
+        if len(rates) == 3:
+            self.log_train(compressor_learning_rate=rates[2])
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            self.log_train(**{f"flow_loss {band}": value for band, value in self.bands.compute().items()})
+            self.bands.reset()
+
+    def log_train(self, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            self.log(f"train/{name}", value, prog_bar=name == "flow_loss", batch_size=1)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["semantics"] = {"encoder": "none"} if self.space is None else self.space.facts
+
+    # Sampling
+
+    def prepare(self, captions: list[str]) -> Tensor:
+        return self._text[0].prepare(captions, self.device)
+
+    @torch.no_grad()
+    def sample(
+        self, shape: tuple[int, ...], captions: list[str], keys: Tensor, semantics: Semantics | None, without: list
+    ) -> Tensor:
+        """Generates (B, *shape) with the EMA twin.
+
+        `without` lists guidance as (captions, semantics, scale): conditions to be moved away from.
+        """
+        network = self.ema
+        conditions = [(network.text(self.prepare(c)), s) for c, s, _ in [(captions, semantics, 1.0), *without]]
+
+        def predict(z: Tensor, t: Tensor) -> Tensor:
+            v, *others = [network.transformer(z, t, text, self.seconds, s) for text, s in conditions]
+            return flow.guide(v, *zip(others, [scale for *_, scale in without], strict=True))
+
+        noise = keyed.normal(keys, type(self).__name__, *shape)
+        return flow.euler(predict, noise, flow.sampling_times(self.sampling_steps, self.shift))
+
+    @cached_property
+    def partner(self) -> "Stage":
+        """The other stage, from its run; UserError where there is none or its semantics are of another space."""
+        if self.partner_run is None:
+            raise UserError(
+                f"{type(self).__name__} makes videos together with another run: name it as {self.partner_option}."
+            )
+        partner = load_stage(self.partner_run).to(self.device)
+        partner.move_frozen(self.device)
+        if self.space is not None and not self.space.same_as(partner.space):
+            raise UserError(
+                f"The compressor of {self.partner_run} is not the one that this run was trained with, so their semantics"
+                " do not fit: train this stage again on that run, or name the run it was trained with."
+            )
+        return partner
+
+    def can_make_videos(self) -> bool:
+        return self.partner_run is not None and (Path(self.partner_run) / LAST).is_file()
+
+    def videos(self, captions: list[str], keys: Tensor) -> Tensor:
+        """uint8 frames (B, T, 3, H, W) for prompts; row b depends on its prompt and key alone."""
+        raise NotImplementedError
+
+    def test_step(self, batch: dict, batch_idx: int) -> Tensor:
+        videos = self.videos(batch["caption"], batch["key"])
+        if all(name in info for info in batch["info"] for name in Adherence.attributes):
+            self.adherence.update(videos, batch["info"])
+        return videos
+
+    def on_test_epoch_end(self) -> None:
+        if self.adherence.count:
+            self.log_dict({f"test/{name}": value for name, value in self.adherence.compute().items()})
+
+
+def learning_rate_factor(step: int, warmup: int, end: int) -> float:
+    """Linear warm-up, then a cosine that is 0 at `end` and stays there."""
+    if step >= end:
+        return 0.0
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / end))

@@ -1,0 +1,186 @@
+"""The two stages of SemanticGen: prompts to semantics, and prompts with semantics to latents."""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from encoders.vae import build_vae
+from lightning_semgen import flow, keyed
+from lightning_semgen.compressor import FeatureDecoder
+from lightning_semgen.errors import UserError
+from lightning_semgen.stage import Stage
+from lightning_semgen.transformer import Semantics
+
+
+class SemanticStage(Stage):
+    """The compressor and the semantic generator (SemanticGen §3.3): prompt → semantics.
+
+    Args:
+        latent_run: run of the latent stage that shows the semantics as videos; null: the run of the compressor.
+    """
+
+    partner_option = "--model.latent_run"
+
+    def __init__(self, latent_run: str | None = None, **options):
+        super().__init__(**options)
+        if self.space is None:
+            raise UserError("SemanticStage generates an encoder's features: model.encoder cannot be none.")
+        self.partner_run = latent_run or self.space.run
+        self.seconds = self.space.grid.seconds
+        self.shift = flow.dimension_shift(len(self.space.grid) * self.space.channels)
+        self.build_generator(self.space.channels, patch=(1, 1, 1), semantic_dim=None)
+        if self.learns_compressor and self.space.compressor.dim is not None:
+            self.feature_decoder = FeatureDecoder(self.space.channels, self.space.encoder.dim)
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        features = self.space.features(batch)
+        posterior = self.space.posterior(features, batch["key"])
+        z_sem = self.space.compressor.standardise(posterior.z)
+        loss = self.training_flow_loss(channels_first(z_sem.detach()), batch)
+        if not self.learns_compressor:
+            return loss
+        return loss + self.compressor_loss(features, posterior)
+
+    def compressor_loss(self, features: Tensor, posterior) -> Tensor:
+        """Feature reconstruction + KL, a scalar."""
+        kl = self.kl_loss(posterior)
+        if self.space.compressor.dim is None:
+            return kl
+        reconstruction = self.feature_decoder(posterior.z, features)
+        self.log_train(reconstruction=reconstruction)
+        return reconstruction + kl
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        z_sem, t = channels_first(self.space(batch)), self.validation_times(batch)
+        losses = self.flow_loss(self.ema, z_sem, batch, t, batch["caption"], None)
+        self.log("val/flow_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
+
+    def sample_semantics(self, captions: list[str], keys: Tensor) -> Tensor:
+        """z_sem (B, T', H', W', d) for prompts."""
+        grid = self.space.grid
+        shape = (self.space.channels, len(grid.seconds), grid.height, grid.width)
+        without = [([""] * len(captions), None, self.guidance_scale)] if self.guidance_scale != 1 else []
+        return rearrange(self.sample(shape, captions, keys, None, without), "b d t h w -> b t h w d")
+
+    def videos(self, captions: list[str], keys: Tensor) -> Tensor:
+        return self.partner.render(captions, keys, self.sample_semantics(captions, keys))
+
+    def predict_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
+        return {"semantics": self.sample_semantics(batch["caption"], batch["key"])}
+
+
+class LatentStage(Stage):
+    """The latent generator (SemanticGen §3.2): prompt and semantics → VAE latents; with `encoder: none` the baseline.
+
+    Args:
+        vae: a row of `encoders.vae.VAES`.
+        semantic_run: run of the semantic stage that turns prompts into semantics; null: the run of the compressor.
+        shift: of the flow's times towards noise.
+        semantic_noise: training noises semantics to a time τ drawn evenly from 0 to this.
+        sampling_semantic_noise: the fixed τ at sampling.
+        semantic_dropout: share of training samples whose semantics are pure noise (τ = 1), for guidance on them.
+        semantic_guidance_scale: classifier-free guidance on the semantics at sampling; 1 is none.
+    """
+
+    partner_option = "--model.semantic_run"
+
+    def __init__(
+        self,
+        vae: str = "toy",
+        semantic_run: str | None = None,
+        shift: float = 1.0,
+        semantic_noise: float = 0.3,
+        sampling_semantic_noise: float = 0.05,
+        semantic_dropout: float = 0.0,
+        semantic_guidance_scale: float = 1.0,
+        **options,
+    ):
+        super().__init__(**options)
+        if semantic_guidance_scale != 1 and not semantic_dropout:
+            raise UserError("model.semantic_guidance_scale needs a model trained with model.semantic_dropout > 0.")
+        self._vae, self.vae_name = (build_vae(vae),), vae
+        self.partner_run = semantic_run or (self.space.run if self.space is not None else None)
+        self.shift, self.semantic_noise, self.sampling_semantic_noise = shift, semantic_noise, sampling_semantic_noise
+        self.semantic_dropout, self.semantic_guidance_scale = semantic_dropout, semantic_guidance_scale
+        clip, patch = self.clip, (1, 2, 2)
+        self.seconds = tuple(self.vae.seconds(clip.times).tolist())
+        self.latent_shape = (self.vae.channels, *self.vae.grid(clip.num_frames, clip.height, clip.width))
+        self.build_generator(self.vae.channels, patch, None if self.space is None else self.space.channels)
+
+    @property
+    def vae(self):
+        return self._vae[0]
+
+    @property
+    def frozen(self) -> list:
+        return [*super().frozen, self.vae]
+
+    def fingerprint(self) -> dict:
+        return super().fingerprint() | {"vae": self.vae_name, "vae_weights": self.vae.fingerprint()}
+
+    def encoded_parts(self, batch: dict) -> dict[str, Tensor]:
+        return super().encoded_parts(batch) | {"latents": self.latents(batch)}
+
+    def latents(self, batch: dict) -> Tensor:
+        """(B, C, T_z, H_z, W_z), from the batch or by the VAE."""
+        return batch["latents"] if "latents" in batch else self.vae.encode(batch["frames"])
+
+    def noised(self, z_sem: Tensor, keys: Tensor, tau: Tensor) -> Semantics:
+        """Semantics (B, T', H', W', d) at the flow's times tau (B,)."""
+        noise = keyed.normal(keys, "semantic noise", *z_sem.shape[1:])
+        return Semantics(flow.interpolate(z_sem, noise, tau), tau, self.space.grid)
+
+    def training_noise(self, keys: Tensor) -> Tensor:
+        """τ (B,): even on [0, semantic_noise], and 1 for dropped semantics."""
+        tau = self.semantic_noise * keyed.uniform(keys, "semantic noise level")
+        return torch.where(keyed.uniform(keys, "semantic dropout") < self.semantic_dropout, torch.ones_like(tau), tau)
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        if self.space is None:
+            return self.training_flow_loss(self.latents(batch), batch)
+        posterior = self.space.posterior(self.space.features(batch), batch["key"])
+        z_sem = self.space.compressor.standardise(posterior.z)
+        semantics = self.noised(z_sem, batch["key"], self.training_noise(batch["key"]))
+        loss = self.training_flow_loss(self.latents(batch), batch, semantics)
+        return loss + self.kl_loss(posterior) if self.learns_compressor else loss
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        """Flow loss, and the semantic gap: how much it grows with another clip's semantics; 0 if they are ignored."""
+        t, latents = self.validation_times(batch), self.latents(batch)
+        own = self.inference_semantics(self.space(batch), batch["key"]) if self.space is not None else None
+        losses = self.flow_loss(self.ema, latents, batch, t, batch["caption"], own)
+        self.log("val/flow_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
+        if own is not None:
+            other = Semantics(own.z.roll(1, dims=0), own.tau, own.grid)
+            gap = self.flow_loss(self.ema, latents, batch, t, batch["caption"], other) - losses
+            self.log("val/semantic_gap", gap.mean(), batch_size=len(losses), sync_dist=True)
+
+    def inference_semantics(self, z_sem: Tensor, keys: Tensor) -> Semantics:
+        return self.noised(z_sem, keys, z_sem.new_full((len(z_sem),), self.sampling_semantic_noise))
+
+    def render(self, captions: list[str], keys: Tensor, z_sem: Tensor | None) -> Tensor:
+        """uint8 frames (B, T, 3, H, W) for prompts and, unless this is the baseline, semantics (B, T', H', W', d)."""
+        semantics, without = None, []
+        if self.space is not None:
+            semantics = self.inference_semantics(z_sem, keys)
+        if self.guidance_scale != 1:
+            without.append(([""] * len(captions), semantics, self.guidance_scale))
+        if self.semantic_guidance_scale != 1:
+            none = self.noised(z_sem, keys, torch.ones_like(semantics.tau))
+            without.append((captions, none, self.semantic_guidance_scale))
+        return self.vae.decode(self.sample(self.latent_shape, captions, keys, semantics, without))
+
+    def can_make_videos(self) -> bool:
+        return self.space is None or super().can_make_videos()
+
+    def videos(self, captions: list[str], keys: Tensor) -> Tensor:
+        z_sem = None if self.space is None else self.partner.sample_semantics(captions, keys)
+        return self.render(captions, keys, z_sem)
+
+    def predict_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
+        return {"videos": self.videos(batch["caption"], batch["key"])}
+
+
+def channels_first(z_sem: Tensor) -> Tensor:
+    """(B, T', H', W', d) to (B, d, T', H', W')."""
+    return rearrange(z_sem, "b t h w d -> b d t h w")

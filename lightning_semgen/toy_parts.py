@@ -1,0 +1,181 @@
+"""Training of the embedded frozen parts, a tiny video VAE and a tiny video encoder, on the toy world."""
+
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+from transformers import VideoMAEConfig, VideoMAEForPreTraining
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from data.toy import COLOURS, DIRECTIONS, SHAPES, SIZES
+from encoders.toy_vae import ToyVideoVAE
+
+ATTRIBUTES = {"colour": list(COLOURS), "shape": list(SHAPES), "direction": list(DIRECTIONS), "size": list(SIZES)}
+
+
+def psnr(shown: Tensor, true: Tensor) -> Tensor:
+    """Decibels per clip (B) of frames (B, 3, T, H, W) in [-1, 1], rounded to uint8 as they would be on disk."""
+    error = ((shown.clamp(-1, 1) - true) * 127.5).round().square().flatten(1).mean(1)
+    return 20 * torch.log10(255 / error.sqrt())
+
+
+def attribute_labels(info: list[dict], device: torch.device) -> dict[str, Tensor]:
+    return {
+        name: torch.tensor([values.index(row[name]) for row in info], device=device)
+        for name, values in ATTRIBUTES.items()
+    }
+
+
+class ToyPart(LightningModule):
+    """AdamW, one cycle; the end of the fit writes the part `trained()` as fp16 to <default_root_dir>/weights."""
+
+    def __init__(self, lr: float, weight_decay: float) -> None:
+        super().__init__()
+        self.lr, self.weight_decay = lr, weight_decay
+
+    def trained(self) -> nn.Module:
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.lr, total_steps=self.trainer.max_steps, pct_start=0.05
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @rank_zero_only
+    def on_fit_end(self) -> None:
+        part = deepcopy(self.trained()).half()
+        part.save_pretrained(Path(self.trainer.default_root_dir) / "weights")
+
+
+class ToyVAETraining(ToyPart):
+    """Reconstruction of short pieces of the clips, with a small KL so that latents stay smooth."""
+
+    def __init__(
+        self,
+        z_dim: int = 8,
+        channels: tuple[int, int, int] = (32, 48, 80),
+        clip_frames: int = 17,  # length of the pieces, 4k+1
+        kl_weight: float = 1e-3,  # on the mean over latents, as the error is the mean over pixels
+        statistics_batches: int = 32,
+        lr: float = 2e-3,
+        weight_decay: float = 1e-4,
+    ) -> None:
+        super().__init__(lr, weight_decay)
+        self.vae = ToyVideoVAE(z_dim, channels)
+        self.clip_frames, self.kl_weight, self.statistics_batches = clip_frames, kl_weight, statistics_batches
+
+    def pixels(self, batch: dict) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1]."""
+        return batch["frames"].to(self.device).movedim(1, 2) / 127.5 - 1
+
+    def training_step(self, batch: dict, _: int) -> Tensor:
+        frames = self.pixels(batch)
+        start = int(torch.randint(frames.shape[2] - self.clip_frames + 1, ()))
+        frames = frames[:, :, start : start + self.clip_frames]
+        latents = self.vae.encode(frames).latent_dist
+        error = F.mse_loss(self.vae.decode(latents.sample()).sample, frames)
+        kl = (latents.mean.square() + latents.var - 1 - latents.logvar).mean() / 2
+        self.log_dict({"train/mse": error, "train/kl": kl})
+        return error + self.kl_weight * kl
+
+    def validation_step(self, batch: dict, _: int) -> None:
+        frames = self.pixels(batch)
+        shown = self.vae.decode(self.vae.encode(frames).latent_dist.mode()).sample
+        self.log("val/psnr", psnr(shown, frames).mean(), batch_size=len(frames))
+
+    @torch.no_grad()
+    def trained(self) -> ToyVideoVAE:
+        batches = islice(self.trainer.train_dataloader, self.statistics_batches)
+        latents = torch.cat([self.vae.encode(self.pixels(batch)).latent_dist.mode() for batch in batches])
+        latents = latents.transpose(0, 1).flatten(1)
+        self.vae.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
+        return self.vae
+
+
+class ToyEncoderTraining(ToyPart):
+    """Masked autoencoding, plus the attributes read from the mean token and from every single token."""
+
+    def __init__(
+        self,
+        image_size: int = 48,
+        num_frames: int = 4,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        mask_ratio: float = 0.5,
+        attribute_weight: float = 0.1,
+        token_weight: float = 0.05,  # of the attributes read from single tokens: they make features compress well
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+    ) -> None:
+        super().__init__(lr, weight_decay)
+        self.mask_ratio, self.attribute_weight, self.token_weight = mask_ratio, attribute_weight, token_weight
+        self.autoencoder = VideoMAEForPreTraining(
+            VideoMAEConfig(
+                image_size=image_size,
+                patch_size=16,
+                num_frames=num_frames,
+                tubelet_size=2,
+                hidden_size=width,
+                num_hidden_layers=depth,
+                num_attention_heads=heads,
+                intermediate_size=4 * width,
+                decoder_hidden_size=width,
+                decoder_num_hidden_layers=2,
+                decoder_num_attention_heads=heads,
+                decoder_intermediate_size=2 * width,
+                use_mean_pooling=False,
+                norm_pix_loss=False,
+            )  # fmt: skip
+        )
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in ATTRIBUTES.items()})
+        self.token_heads = deepcopy(self.heads)
+        self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False)
+
+    def pixels(self, batch: dict) -> Tensor:
+        """(B, T_s, 3, H, W), normalised as VideoMAE expects."""
+        return (batch["semantic_frames"] / 255 - self.mean) / self.std
+
+    def tokens(self, frames: Tensor) -> Tensor:
+        """(B, N, width), after the final LayerNorm."""
+        return self.autoencoder.videomae(frames).last_hidden_state
+
+    def mask(self, count: int) -> Tensor:
+        """(count, N), true where hidden; as many in every row."""
+        patches = self.autoencoder.videomae.embeddings.num_patches
+        order = torch.rand(count, patches, device=self.device).argsort(1)
+        return order < round(self.mask_ratio * patches)
+
+    def attribute_loss(self, tokens: Tensor, labels: dict[str, Tensor], heads: nn.ModuleDict) -> Tensor:
+        """Cross entropy of tokens (B, N, width), each of which is to tell the attributes of its clip."""
+        return sum(
+            F.cross_entropy(heads[name](tokens).transpose(1, 2), truth[:, None].expand(-1, tokens.shape[1]))
+            for name, truth in labels.items()
+        )
+
+    def training_step(self, batch: dict, _: int) -> Tensor:
+        frames, labels = self.pixels(batch), attribute_labels(batch["info"], self.device)
+        hidden = self.autoencoder(frames, self.mask(len(frames))).loss
+        tokens = self.tokens(frames)
+        pooled = self.attribute_loss(tokens.mean(1, keepdim=True), labels, self.heads)
+        single = self.attribute_loss(tokens, labels, self.token_heads)
+        self.log_dict({"train/mae": hidden, "train/attributes": pooled, "train/token_attributes": single})
+        return hidden + self.attribute_weight * pooled + self.token_weight * single
+
+    def validation_step(self, batch: dict, _: int) -> None:
+        frames, labels = self.pixels(batch), attribute_labels(batch["info"], self.device)
+        pooled = self.tokens(frames).mean(1)
+        for name, truth in labels.items():
+            accuracy = (self.heads[name](pooled).argmax(1) == truth).float().mean()
+            self.log(f"val/{name}_accuracy", accuracy, batch_size=len(frames))
+
+    def trained(self) -> nn.Module:
+        return self.autoencoder.videomae

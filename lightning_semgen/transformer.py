@@ -1,0 +1,203 @@
+"""The video transformer: Wan 2.1's, with semantic tokens in context.
+
+Parameters carry the names of diffusers' `WanTransformer3DModel`, so its checkpoints load as they are. Without semantic
+tokens the network is Wan's. B batch, N tokens, C channels of the generated thing, d of the semantics.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import FeedForward
+from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
+from diffusers.models.normalization import FP32LayerNorm
+from einops import rearrange
+from torch import Tensor, nn
+
+from lightning_semgen.errors import UserError
+from lightning_semgen.positions import Grid, rotary_angles, rotary_positions, rotate
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width, number of blocks, heads and hidden width of the feed-forward layers."""
+
+    dim: int
+    depth: int
+    heads: int
+    ffn_dim: int
+
+
+SIZES = {
+    "tiny": Size(96, 4, 4, 256),
+    "toy": Size(128, 6, 4, 512),
+    "S": Size(384, 12, 6, 1536),
+    "B": Size(768, 12, 12, 3072),
+    "1.3B": Size(1536, 30, 12, 8960),
+    "14B": Size(5120, 40, 40, 13824),
+}
+
+
+def size_of(name: str) -> Size:
+    """The row of `SIZES`; UserError lists the known names."""
+    if name not in SIZES:
+        raise UserError(f"There is no transformer size {name!r}; known sizes: {', '.join(SIZES)}.")
+    return SIZES[name]
+
+
+@dataclass
+class Semantics:
+    """Semantic tokens in context: z (B, T', H', W', d), already noised to times tau (B,)."""
+
+    z: Tensor
+    tau: Tensor
+    grid: Grid
+
+
+def per_kind(parts: list[Tensor], function) -> Tensor:
+    """Concatenates function(tokens of a kind, index of the kind) over the kinds of token."""
+    return torch.cat([function(part, kind) for kind, part in enumerate(parts)], dim=1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normed queries and keys."""
+
+    def __init__(self, dim: int, heads: int, eps: float = 1e-6):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
+
+    def forward(self, x: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        q, k = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context))
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, self.to_v(context)))  # (B, N, heads, head_dim)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        y = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)))
+        return self.to_out[0](y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Self-attention, text cross-attention and feed-forward; modulated by time, chosen per kind of token."""
+
+    def __init__(self, size: Size, eps: float = 1e-6):
+        super().__init__()
+        self.norm1 = FP32LayerNorm(size.dim, eps, elementwise_affine=False)
+        self.attn1 = Attention(size.dim, size.heads, eps)
+        self.norm2 = FP32LayerNorm(size.dim, eps, elementwise_affine=True)
+        self.attn2 = Attention(size.dim, size.heads, eps)
+        self.norm3 = FP32LayerNorm(size.dim, eps, elementwise_affine=False)
+        self.ffn = FeedForward(size.dim, inner_dim=size.ffn_dim, activation_fn="gelu-approximate")
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, size.dim) / size.dim**0.5)
+
+    def forward(
+        self, x: Tensor, text: Tensor, times: list[Tensor], sizes: list[int], rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        # times: one (B, 6, dim) a kind; sizes: how many of the N tokens are of it
+        table = [(self.scale_shift_table + t.float()).chunk(6, dim=1) for t in times]
+
+        def modulate(norm: nn.Module, first: int) -> Tensor:
+            return per_kind(
+                x.split(sizes, dim=1),
+                lambda part, k: (norm(part.float()) * (1 + table[k][first + 1]) + table[k][first]).type_as(x),
+            )
+
+        def gate(y: Tensor, index: int) -> Tensor:
+            return per_kind(y.split(sizes, dim=1), lambda part, k: part.float() * table[k][index])
+
+        h = modulate(self.norm1, 0)
+        x = (x.float() + gate(self.attn1(h, h, rotary), 2)).type_as(x)
+        x = x + self.attn2(self.norm2(x.float()).type_as(x), text)
+        return (x.float() + gate(self.ffn(modulate(self.norm3, 3)), 5)).type_as(x)
+
+
+class ConditionEmbedder(nn.Module):
+    """Embeds times in [0, 1] and text."""
+
+    def __init__(self, dim: int, text_dim: int, freq_dim: int):
+        super().__init__()
+        self.timesteps_proj = Timesteps(freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedder = TimestepEmbedding(freq_dim, dim)
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh")
+
+    def time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, dim) for the output layer and (B, 6, dim) for the blocks."""
+        waves = self.timesteps_proj(t * 1000)  # Wan's times run from 0 to 1000
+        embedding = self.time_embedder(waves.to(self.time_proj.weight.dtype))
+        return embedding, self.time_proj(F.silu(embedding)).unflatten(1, (6, -1))
+
+
+class VideoTransformer(nn.Module):
+    """Predicts the velocity of z (B, C, T, H, W).
+
+    Args:
+        channels: C.
+        text_dim: channels of the text embeddings.
+        size: a row of `SIZES`.
+        patch: cells of z in one token, along T, H and W.
+        semantic_dim: d of semantic tokens in context; None: the network takes none.
+        rotary_rate: rotary positions per second.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        text_dim: int,
+        size: Size,
+        patch: tuple[int, int, int] = (1, 2, 2),
+        semantic_dim: int | None = None,
+        rotary_rate: float = 6.0,
+        freq_dim: int = 256,
+    ):
+        super().__init__()
+        self.size, self.patch, self.rotary_rate = size, patch, rotary_rate
+        self.patch_embedding = nn.Conv3d(channels, size.dim, kernel_size=patch, stride=patch)
+        self.condition_embedder = ConditionEmbedder(size.dim, text_dim, freq_dim)
+        self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
+        self.norm_out = FP32LayerNorm(size.dim, 1e-6, elementwise_affine=False)
+        self.proj_out = nn.Linear(size.dim, channels * patch[0] * patch[1] * patch[2])
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, size.dim) / size.dim**0.5)
+        self._initialise()
+        if semantic_dim is not None:  # its bias is the type embedding of the kind, as patch_embedding's is
+            self.semantic_embedding = nn.Linear(semantic_dim, size.dim)
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.condition_embedder.time_proj.weight, std=0.02)
+        nn.init.zeros_(self.proj_out.weight)  # the first prediction is 0, the mean of the target
+
+    def forward(
+        self, z: Tensor, t: Tensor, text: Tensor, seconds: tuple[float, ...], semantics: Semantics | None = None
+    ) -> Tensor:
+        """Velocity (B, C, T, H, W) at times t (B,), given text (B, L, text_dim) and the times of z's T steps."""
+        x = self.patch_embedding(z)
+        grid = Grid(seconds[self.patch[0] - 1 :: self.patch[0]], *x.shape[-2:])
+        x = rearrange(x, "b c t h w -> b (t h w) c")
+        embedding, modulation = self.condition_embedder.time(t)
+        grids, times = [grid], [modulation]
+        if semantics is not None:
+            tokens = self.semantic_embedding(semantics.z.flatten(1, 3))
+            x = torch.cat([x, tokens.type_as(x)], dim=1)
+            grids.append(semantics.grid)
+            times.append(self.condition_embedder.time(semantics.tau)[1])
+        text = self.condition_embedder.text_embedder(text)
+        rotary, sizes = self._rotary(grids, x.device), [len(g) for g in grids]
+        for block in self.blocks:
+            x = block(x, text, times, sizes, rotary)
+        return self._output(x[:, : len(grid)], embedding, grid)
+
+    def _rotary(self, grids: list[Grid], device: torch.device) -> tuple[Tensor, Tensor]:
+        positions = torch.cat([rotary_positions(g, grids[0], self.rotary_rate) for g in grids])
+        angles = rotary_angles(positions, self.size.dim // self.size.heads)[:, None]  # (N, 1, head_dim / 2)
+        return angles.cos().float().to(device), angles.sin().float().to(device)
+
+    def _output(self, x: Tensor, embedding: Tensor, grid: Grid) -> Tensor:
+        shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).chunk(2, dim=1)
+        x = self.proj_out((self.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
+        axes = dict(zip(("p", "q", "r"), self.patch, strict=True))
+        return rearrange(x, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", h=grid.height, w=grid.width, **axes)

@@ -1,0 +1,90 @@
+"""The network against diffusers' Wan, and what semantic tokens may and may not change."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from lightning_semgen.errors import UserError
+from lightning_semgen.positions import Grid, rotary_positions
+from lightning_semgen.transformer import SIZES, Semantics, Size, VideoTransformer, size_of
+
+TINY = Size(dim=48, depth=2, heads=2, ffn_dim=96)
+
+
+def wan_and_ours(**options) -> tuple[WanTransformer3DModel, VideoTransformer]:
+    wan = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=24, text_dim=20, ffn_dim=96, num_layers=2, freq_dim=32, **options
+    )
+    ours = VideoTransformer(16, 20, TINY, rotary_rate=4.0, freq_dim=32, semantic_dim=8)
+    missing, unexpected = ours.load_state_dict(wan.state_dict(), strict=False)
+    assert not unexpected
+    assert missing == ["semantic_embedding.weight", "semantic_embedding.bias"]
+    return wan, ours
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6), (5, 6, 4), (1, 2, 2)])
+def test_without_semantic_tokens_it_is_wan(shape):
+    torch.manual_seed(0)
+    wan, ours = wan_and_ours()
+    z, t, text = torch.randn(2, 16, *shape), torch.tensor([0.3, 0.9]), torch.randn(2, 7, 20)
+    seconds = tuple(k / 4 for k in range(shape[0]))  # Wan's latents at 16 fps, four frames each
+    reference = wan(z, t * 1000, text, return_dict=False)[0]
+    output = ours(z, t, text, seconds)
+    assert (output - reference).abs().max() / reference.std() <= 5e-5
+    output.square().mean().backward()
+    reference.square().mean().backward()
+    theirs, mine = (dict(model.named_parameters())["blocks.0.attn1.to_q.weight"].grad for model in (wan, ours))
+    assert (mine - theirs).abs().max() / theirs.std() <= 5e-4
+
+
+def network(semantic_dim: int | None = 8) -> VideoTransformer:
+    torch.manual_seed(0)
+    model = VideoTransformer(4, 20, TINY, semantic_dim=semantic_dim)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.proj_out.weight)
+    return model
+
+
+def inputs(seed: int = 1):
+    torch.manual_seed(seed)
+    seconds = tuple(4 * k / 24 for k in range(3))
+    semantics = Semantics(torch.randn(2, 1, 3, 3, 8), torch.tensor([0.0, 0.2]), Grid((0.3125,), 3, 3))
+    return (torch.randn(2, 4, 3, 6, 6), torch.tensor([0.2, 0.8]), torch.randn(2, 5, 20), seconds), semantics
+
+
+def test_a_network_that_can_take_semantics_equals_one_that_never_heard_of_them():
+    arguments, _ = inputs()
+    assert torch.equal(network(8)(*arguments), network(None)(*arguments))
+
+
+def test_semantics_and_their_noise_level_change_the_prediction():
+    arguments, semantics = inputs()
+    model = network()
+    plain, told = model(*arguments), model(*arguments, semantics)
+    louder = model(*arguments, Semantics(semantics.z, semantics.tau + 0.5, semantics.grid))
+    assert (plain - told).abs().max() > 1e-3
+    assert (louder - told).abs().max() > 1e-5
+
+
+def test_the_first_prediction_is_zero():
+    arguments, semantics = inputs()
+    assert VideoTransformer(4, 20, TINY, semantic_dim=8)(*arguments, semantics).abs().max() == 0
+
+
+def test_semantic_tokens_lie_between_the_latent_tokens_that_show_the_same():
+    latents = Grid(tuple(4 * k / 24 for k in range(13)), 6, 6)
+    positions = rotary_positions(latents, latents, rate=6.0)
+    assert torch.equal(positions, positions.round())
+    semantic = rotary_positions(Grid((0.625,), 3, 3), latents, rate=6.0)
+    assert semantic[0].tolist() == [3.75, 0.5, 0.5]  # its cell covers latent cells 0 and 1
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_named_size_builds(name):
+    with torch.device("meta"):
+        VideoTransformer(16, 4096, size_of(name), semantic_dim=8)
+
+
+def test_an_unknown_size_is_named():
+    with pytest.raises(UserError, match="XXL.*toy"):
+        size_of("XXL")
