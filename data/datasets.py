@@ -90,7 +90,8 @@ class Prompts(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         info, seed = self.rows[index]
-        return {"caption": info["caption"], "info": info, "seed": seed, "number": index, "key": key_of("sample", seed)}
+        key = key_of("sample", seed, info["caption"])
+        return {"caption": info["caption"], "info": info, "seed": seed, "number": index, "key": key}
 
 
 def caption_of(members: dict) -> dict:

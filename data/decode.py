@@ -10,6 +10,8 @@ from torch import Tensor
 
 from data.clip import Clip
 
+TOLERANCE = 1e-3  # seconds; mkv and webm round timestamps to milliseconds
+
 
 class Rejected(Exception):
     """Why a sample cannot be used; its text is the cause that is counted."""
@@ -21,26 +23,33 @@ def decode_clip(video: bytes, clip: Clip, start: float = 0.0) -> Tensor:
     The frame of a grid time is the one whose display interval holds that time. The picture is scaled to cover the
     clip's size and cropped in the middle.
     """
-    wanted = iter((clip.times + start).tolist())
-    frames, goal, shown = [], next(wanted), None
+    wanted = (clip.times + start).tolist()
+    frames: list[np.ndarray] = []
     try:
-        for time, frame in _timed_frames(video):
-            while goal is not None and shown is not None and time > goal + 1e-4:
-                frames.append(shown)
-                goal = next(wanted, None)
-            if goal is None:
-                break
-            shown = _scaled(frame, clip)
+        for begin, end, frame in _displayed(video):
+            while len(frames) < len(wanted) and wanted[len(frames)] < end - TOLERANCE:
+                if wanted[len(frames)] < begin - TOLERANCE:
+                    raise Rejected("a gap in the timestamps")
+                frames.append(_scaled(frame, clip))
+            if len(frames) == len(wanted):
+                return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
     except (av.FFmpegError, IndexError) as error:
         raise Rejected(f"does not decode: {type(error).__name__}") from error
-    if goal is not None and len(frames) == clip.num_frames - 1:
-        frames.append(shown)  # the last grid time lies within the last frame of the file
-    if len(frames) < clip.num_frames:
-        raise Rejected(f"shorter than {start + clip.duration:.2f} s")
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+    raise Rejected(f"shorter than {start + clip.duration:.2f} s")
 
 
-def _timed_frames(video: bytes) -> Iterator[tuple[float, av.VideoFrame]]:
+def _displayed(video: bytes) -> Iterator[tuple[float, float, av.VideoFrame]]:
+    """Frames with the seconds from and to which each is shown; the first is shown from 0."""
+    before = None
+    for time, length, frame in _timed_frames(video):
+        if before is not None:
+            yield before[0], time, before[2]
+        before = time, time + length, frame
+    if before is not None:
+        yield before
+
+
+def _timed_frames(video: bytes) -> Iterator[tuple[float, float, av.VideoFrame]]:
     with av.open(io.BytesIO(video)) as container:
         stream = container.streams.video[0]
         stream.thread_count = 1  # workers are the parallelism
@@ -49,7 +58,7 @@ def _timed_frames(video: bytes) -> Iterator[tuple[float, av.VideoFrame]]:
             if frame.pts is None:
                 raise Rejected("a frame without a timestamp")
             first = frame.pts if first is None else first
-            yield float((frame.pts - first) * frame.time_base), frame
+            yield float((frame.pts - first) * frame.time_base), float((frame.duration or 0) * frame.time_base), frame
 
 
 def _scaled(frame: av.VideoFrame, clip: Clip) -> np.ndarray:

@@ -59,7 +59,7 @@ def build_vae(name: str) -> FrozenVAE:
     if name not in VAES:
         raise UserError(f"There is no VAE {name!r}; known VAEs: {', '.join(VAES)}.")
     model, weights = VAES[name]
-    return FrozenVAE(model.from_pretrained(weights, torch_dtype=torch.float32)).freeze()
+    return FrozenVAE(model.from_pretrained(weights, torch_dtype=torch.float32, low_cpu_mem_usage=False)).freeze()
 
 
 class VAEEncoder(FrozenEncoder):

@@ -83,9 +83,9 @@ class WriteResults(BasePredictionWriter):
         self.shown: list[tuple[Tensor, str]] = []
 
     def on_test_batch_end(self, trainer, stage, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        write_videos(Path(trainer.default_root_dir) / "test", outputs["videos"], batch, stage)
+        write_videos(Path(trainer.default_root_dir) / "test", outputs, batch, stage)
         room = 2 * SHOWN - len(self.shown)
-        self.shown += list(zip(outputs["videos"], batch["caption"], strict=True))[:room]
+        self.shown += list(zip(outputs, batch["caption"], strict=True))[:room]
 
     def on_test_end(self, trainer: Trainer, stage: Stage) -> None:
         folder = Path(trainer.default_root_dir) / "test"

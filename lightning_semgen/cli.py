@@ -48,6 +48,7 @@ class SemGenCLI(LightningCLI):
         config.trainer.default_root_dir = str(run)
         if self.subcommand:
             config.ckpt_path = self._checkpoint(run, config.ckpt_path)
+            config.weights_only = True  # nothing pickled is executed
 
     def _run_folder(self, config: Namespace) -> Path:
         files = config.get("config") or []

@@ -62,7 +62,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: "Stage") -> None:
         if self._last_global_step_saved != trainer.global_step:
-            trainer.save_checkpoint(Path(self.dirpath) / LAST.name)
+            trainer.save_checkpoint(Path(self.dirpath) / LAST.name, weights_only=False)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -187,7 +187,8 @@ class Stage(LightningModule):
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
         decay = min(self.ema_decay, (1 + self.global_step) / (10 + self.global_step))  # a short memory at first
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - decay)
 
     def configure_optimizers(self) -> dict:
         steps = self.trainer.max_steps

@@ -31,6 +31,37 @@ def attribute_labels(info: list[dict], device: torch.device) -> dict[str, Tensor
     }
 
 
+def sprite_centres(frames: Tensor) -> Tensor:
+    """(B, T, 2): x, y of the saturated pixels' centre in frames (B, T, 3, H, W) in [0, 1]; the frame is -1 to 1."""
+    height, width = frames.shape[-2:]
+    weight = (frames.amax(2) - frames.amin(2) - 0.2).relu() + 1e-6
+    x, y = (torch.linspace(1 / n - 1, 1 - 1 / n, n, device=frames.device) for n in (width, height))
+    sums = torch.stack([(weight.sum(2) * x).sum(2), (weight.sum(3) * y).sum(2)], dim=2)
+    return sums / weight.sum((2, 3))[..., None]
+
+
+def move(frames: Tensor, directions: Tensor, reach: int = 4) -> tuple[Tensor, Tensor]:
+    """Clips (B, T, 3, H, W) mirrored, reversed (half of them each) and shifted, with directions (B) to match."""
+    mirrored, reversed_ = torch.rand(2, len(frames), device=frames.device) < 0.5
+    frames = torch.where(mirrored[:, None, None, None, None], frames.flip(-1), frames)
+    frames = torch.where(reversed_[:, None, None, None, None], frames.flip(1), frames)
+    turned = reversed_ ^ (mirrored & (directions < 2))  # DIRECTIONS are left, right, up, down
+    padded = F.pad(frames.flatten(1, 2), (reach,) * 4, mode="replicate").view(
+        *frames.shape[:3], frames.shape[3] + 2 * reach, -1
+    )
+    top, left = torch.randint(2 * reach + 1, (2,)).tolist()
+    shifted = padded[..., top : top + frames.shape[3], left : left + frames.shape[4]]
+    return shifted, torch.where(turned, directions ^ 1, directions)
+
+
+def recolour(frames: Tensor) -> Tensor:
+    """Frames (B, T, 3, H, W) in [0, 1] with each clip's colour channels shuffled, and half of the clips negated."""
+    order = torch.rand(len(frames), 3, device=frames.device).argsort(1)
+    shuffled = frames.gather(2, order[:, None, :, None, None].expand_as(frames))
+    negated = torch.rand(len(frames), 1, 1, 1, 1, device=frames.device) < 0.5
+    return torch.where(negated, 1 - shuffled, shuffled)
+
+
 class ToyPart(LightningModule):
     """AdamW, one cycle; the end of the fit writes the part `trained()` as fp16 to <default_root_dir>/weights."""
 
@@ -82,7 +113,7 @@ class ToyVAETraining(ToyPart):
         latents = self.vae.encode(frames).latent_dist
         error = F.mse_loss(self.vae.decode(latents.sample()).sample, frames)
         kl = (latents.mean.square() + latents.var - 1 - latents.logvar).mean() / 2
-        self.log_dict({"train/mse": error, "train/kl": kl})
+        self.log_dict({"train/mse": error, "train/kl": kl}, batch_size=len(frames))
         return error + self.kl_weight * kl
 
     def validation_step(self, batch: dict, _: int) -> None:
@@ -100,7 +131,11 @@ class ToyVAETraining(ToyPart):
 
 
 class ToyEncoderTraining(ToyPart):
-    """Masked autoencoding, plus the attributes read from the mean token and from every single token."""
+    """Masked autoencoding; attributes from the mean token; attributes and the sprite's place from every token.
+
+    In the train split, colour, direction and size say which shapes are unlikely, and a network finds that easier than
+    looking. So shape, direction and size are learnt from clips whose colour is random, and colour from the others.
+    """
 
     def __init__(
         self,
@@ -110,13 +145,16 @@ class ToyEncoderTraining(ToyPart):
         depth: int = 4,
         heads: int = 4,
         mask_ratio: float = 0.5,
+        recoloured: float = 0.75,  # share of the clips
         attribute_weight: float = 0.1,
-        token_weight: float = 0.05,  # of the attributes read from single tokens: they make features compress well
+        token_weight: float = 0.05,  # single tokens that tell a clip's attributes compress well
+        place_weight: float = 0.5,
         lr: float = 1e-3,
         weight_decay: float = 0.05,
     ) -> None:
         super().__init__(lr, weight_decay)
-        self.mask_ratio, self.attribute_weight, self.token_weight = mask_ratio, attribute_weight, token_weight
+        self.mask_ratio, self.recoloured = mask_ratio, recoloured
+        self.attribute_weight, self.token_weight, self.place_weight = attribute_weight, token_weight, place_weight
         self.autoencoder = VideoMAEForPreTraining(
             VideoMAEConfig(
                 image_size=image_size,
@@ -126,9 +164,9 @@ class ToyEncoderTraining(ToyPart):
                 hidden_size=width,
                 num_hidden_layers=depth,
                 num_attention_heads=heads,
-                intermediate_size=4 * width,
+                intermediate_size=2 * width,
                 decoder_hidden_size=width,
-                decoder_num_hidden_layers=2,
+                decoder_num_hidden_layers=1,
                 decoder_num_attention_heads=heads,
                 decoder_intermediate_size=2 * width,
                 use_mean_pooling=False,
@@ -137,16 +175,17 @@ class ToyEncoderTraining(ToyPart):
         )
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in ATTRIBUTES.items()})
         self.token_heads = deepcopy(self.heads)
+        self.place = nn.Linear(width, 4)  # x, y in the two frames of the token's tubelet
         self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False)
 
-    def pixels(self, batch: dict) -> Tensor:
-        """(B, T_s, 3, H, W), normalised as VideoMAE expects."""
-        return (batch["semantic_frames"] / 255 - self.mean) / self.std
+    def normalise(self, frames: Tensor) -> Tensor:
+        """Frames in [0, 1], as VideoMAE expects them."""
+        return (frames - self.mean) / self.std
 
     def tokens(self, frames: Tensor) -> Tensor:
-        """(B, N, width), after the final LayerNorm."""
-        return self.autoencoder.videomae(frames).last_hidden_state
+        """(B, N, width) of frames (B, T_s, 3, H, W) in [0, 1], after the final LayerNorm."""
+        return self.autoencoder.videomae(self.normalise(frames)).last_hidden_state
 
     def mask(self, count: int) -> Tensor:
         """(count, N), true where hidden; as many in every row."""
@@ -155,23 +194,40 @@ class ToyEncoderTraining(ToyPart):
         return order < round(self.mask_ratio * patches)
 
     def attribute_loss(self, tokens: Tensor, labels: dict[str, Tensor], heads: nn.ModuleDict) -> Tensor:
-        """Cross entropy of tokens (B, N, width), each of which is to tell the attributes of its clip."""
+        """Mean cross entropy of tokens (B, N, width), each to tell the attributes of its clip; labels -100 count 0."""
+        count = tokens.shape[0] * tokens.shape[1]
         return sum(
-            F.cross_entropy(heads[name](tokens).transpose(1, 2), truth[:, None].expand(-1, tokens.shape[1]))
+            F.cross_entropy(
+                heads[name](tokens).flatten(0, 1), truth.repeat_interleave(tokens.shape[1]), reduction="sum"
+            )
+            / count
             for name, truth in labels.items()
         )
 
+    def place_loss(self, tokens: Tensor, frames: Tensor) -> Tensor:
+        centres = sprite_centres(frames).unflatten(1, (-1, 2)).flatten(2)  # (B, T', 4)
+        return F.mse_loss(self.place(tokens), centres.repeat_interleave(tokens.shape[1] // centres.shape[1], dim=1))
+
     def training_step(self, batch: dict, _: int) -> Tensor:
-        frames, labels = self.pixels(batch), attribute_labels(batch["info"], self.device)
-        hidden = self.autoencoder(frames, self.mask(len(frames))).loss
+        frames, labels = batch["semantic_frames"] / 255, attribute_labels(batch["info"], self.device)
+        frames, labels["direction"] = move(frames, labels["direction"])
+        hidden = self.autoencoder(self.normalise(frames), self.mask(len(frames))).loss
+        changed = torch.rand(len(frames), device=self.device) < self.recoloured
+        frames = torch.where(changed[:, None, None, None, None], recolour(frames), frames)
+        labels = {name: truth.where(changed == (name != "colour"), -100) for name, truth in labels.items()}
         tokens = self.tokens(frames)
-        pooled = self.attribute_loss(tokens.mean(1, keepdim=True), labels, self.heads)
-        single = self.attribute_loss(tokens, labels, self.token_heads)
-        self.log_dict({"train/mae": hidden, "train/attributes": pooled, "train/token_attributes": single})
-        return hidden + self.attribute_weight * pooled + self.token_weight * single
+        losses = {
+            "mae": hidden,
+            "attributes": self.attribute_loss(tokens.mean(1, keepdim=True), labels, self.heads),
+            "token_attributes": self.attribute_loss(tokens, labels, self.token_heads),
+            "place": self.place_loss(tokens, frames),
+        }
+        self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=len(frames))
+        weights = (1.0, self.attribute_weight, self.token_weight, self.place_weight)
+        return sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True))
 
     def validation_step(self, batch: dict, _: int) -> None:
-        frames, labels = self.pixels(batch), attribute_labels(batch["info"], self.device)
+        frames, labels = batch["semantic_frames"] / 255, attribute_labels(batch["info"], self.device)
         pooled = self.tokens(frames).mean(1)
         for name, truth in labels.items():
             accuracy = (self.heads[name](pooled).argmax(1) == truth).float().mean()

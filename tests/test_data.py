@@ -1,0 +1,210 @@
+"""Order, dual-rate clips, shards, rejected samples, encoded shards."""
+
+import io
+import json
+from fractions import Fraction
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from conftest import CLIP
+from data.clip import Clip
+from data.datamodule import VideoDataModule, render_toy_world
+from data.datasets import ClipDataset, FixedClips, Stream, collate, read_prompts
+from data.decode import Rejected, decode_clip
+from data.encoded import check_fingerprint, encode_shards
+from data.mp4 import write_mp4
+from data.order import PositionBatches, sample_at
+from data.shards import Shards, index_path, write_shard
+from data.toy import toy_clip
+from lightning_semgen.errors import UserError
+
+SMALL = Clip(5, 16, 16, 24.0, 12.0)
+
+
+def numbered_video(times: list[float]) -> bytes:
+    """A video whose n-th frame, shown from times[n] on, has the grey level 4n."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=1000, options={"crf": "0", "bf": "0"})
+        stream.width = stream.height = 16
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 4 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def shown(frames: torch.Tensor) -> list[int]:
+    return [round(level / 4) for level in frames.float().mean((1, 2, 3)).tolist()]
+
+
+def test_order_is_a_permutation_of_each_epoch_and_a_pure_function():
+    epochs = [[sample_at(position, 3, 50) for position in range(50 * e, 50 * e + 50)] for e in range(2)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != [sample_at(position, 4, 50) for position in range(50, 100)]
+    assert sample_at(77, 3, 50) == epochs[1][27]
+
+
+def test_two_ranks_see_what_one_sees():
+    one = iter(PositionBatches(start=10, batch_size=6, rank=0, world_size=1))
+    two = [iter(PositionBatches(start=10, batch_size=3, rank=rank, world_size=2)) for rank in range(2)]
+    for _ in range(4):
+        assert next(one) == next(two[0]) + next(two[1])
+
+
+@pytest.mark.parametrize(("frames", "semantic"), [(121, [0, 15, 30, 45, 60, 75, 90, 105, 120]), (49, [0, 15, 30, 45])])
+def test_semantic_stream_is_the_nearest_frames_of_the_clip(frames, semantic):
+    clip = Clip(frames, 48, 48, 24.0, 1.6)
+    assert clip.semantic_indices == semantic
+    torch.testing.assert_close(clip.semantic_times, torch.arange(len(semantic), dtype=torch.float64) / 1.6)
+
+
+def test_a_rate_that_does_not_divide_takes_the_nearest_frame():
+    clip = Clip(25, 48, 48, 24.0, 5.0)
+    assert clip.semantic_indices == [0, 5, 10, 14, 19, 24]
+    assert torch.equal(clip.semantic_times, clip.times[clip.semantic_indices])
+
+
+@pytest.mark.parametrize("fps", [24.0, 30.0, 24000 / 1001, 10.0])
+def test_the_frame_of_a_grid_time_is_the_one_on_display(fps):
+    frames = decode_clip(numbered_video([n / fps for n in range(20)]), SMALL)
+    assert shown(frames) == [int(time * fps + 1e-2) for time in SMALL.times.tolist()]
+
+
+def test_variable_frame_rate_is_read_by_its_timestamps():
+    times = [0, 0.03, 0.05, 0.12, 0.13, 0.2]
+    assert shown(decode_clip(numbered_video(times), SMALL)) == [0, 1, 2, 3, 4]  # at 0, .042, .083, .125 and .167 s
+
+
+def test_a_start_shifts_the_clip():
+    video = numbered_video([n / 24 for n in range(20)])
+    assert shown(decode_clip(video, SMALL, start=0.25)) == [6, 7, 8, 9, 10]
+
+
+def test_what_cannot_be_used_is_rejected_with_its_cause():
+    with pytest.raises(Rejected, match="shorter than 0.17 s"):
+        decode_clip(numbered_video([0, 1 / 24]), SMALL)
+    with pytest.raises(Rejected, match="does not decode"):
+        decode_clip(b"no video at all", SMALL)
+
+
+def test_a_video_is_scaled_to_cover_and_cropped_in_the_middle():
+    picture = np.zeros((30, 3, 32, 64), np.uint8)
+    picture[..., :16] = picture[..., 48:] = 255  # the crop cuts off what is white
+    buffer = io.BytesIO()
+    write_mp4(picture, buffer)
+    frames = decode_clip(buffer.getvalue(), SMALL)
+    assert frames.shape == (5, 3, 16, 16) and frames[..., 1:-1].float().mean() < 10
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Ten samples, of which two do not decode and one has no caption."""
+    samples = []
+    for index in range(10):
+        key, mp4, info = toy_clip("train", index, 0)
+        if index == 5:
+            info.pop("caption")
+        samples.append({"__key__": key, "mp4": b"broken" if index in (2, 7) else mp4, "json": info})
+    write_shard(tmp_path / "damaged-0.tar", samples)
+    return Shards(str(tmp_path / "damaged-*.tar"))
+
+
+def test_bad_samples_are_replaced_and_reported(damaged):
+    assert len(damaged) == 9 and damaged.uncaptioned == 1
+    stream = Stream(ClipDataset(damaged, CLIP), seed=0)
+    batch = collate([stream[position] for position in range(9)])
+    assert batch["frames"].shape == (9, 49, 3, 48, 48) and batch["semantic_frames"].shape == (9, 4, 3, 48, 48)
+    assert torch.equal(batch["frames"][:, [0, 15, 30, 45]], batch["semantic_frames"])
+    reported = {key for rejected in batch["rejected"] for key, cause in rejected}
+    assert reported == {"train-000002", "train-000007"} and len(set(batch["sample"])) == 7
+    assert batch["key"].dtype == torch.int64 and len(set(batch["key"].tolist())) == 9
+
+
+def test_all_bad_is_an_error(tmp_path):
+    write_shard(tmp_path / "bad.tar", [{"__key__": "a", "mp4": b"x", "json": {"caption": "a"}}])
+    with pytest.raises(UserError, match="No sample of .* can be used.*does not decode"):
+        Stream(ClipDataset(Shards(str(tmp_path / "bad.tar")), CLIP), seed=0)[0]
+
+
+def test_foreign_shards_are_indexed_once(damaged):
+    path = damaged.paths[0]
+    index = index_path(path).read_text()
+    index_path(path).unlink()
+    assert Shards(str(path)).samples == damaged.samples
+    assert index_path(path).read_text() == index
+
+
+def test_shards_that_are_missing_or_broken_are_named(tmp_path):
+    with pytest.raises(UserError, match="no shards at .*nowhere-.*tar.*data.toy_clips"):
+        Shards(str(tmp_path / "nowhere-*.tar"))
+    (tmp_path / "broken.tar").write_bytes(b"not a tar" * 100)
+    with pytest.raises(UserError, match="broken.tar cannot be read"):
+        Shards(str(tmp_path / "broken.tar"))
+
+
+def test_the_toy_world_is_rendered_where_it_is_missing_and_only_there(tmp_path):
+    pattern = str(tmp_path / "train-*.tar")
+    render_toy_world(pattern, "train", 20, CLIP)
+    (shard,) = tmp_path.glob("*.tar")
+    written = shard.stat().st_mtime_ns
+    render_toy_world(pattern, "train", 20, CLIP)
+    assert shard.stat().st_mtime_ns == written and len(Shards(pattern)) == 20
+
+
+def test_encoded_shards_say_what_the_parts_say_and_are_written_once(shards, tmp_path):
+    clips = ClipDataset(Shards(str(shards / "shards/toy/heldout-*.tar")), CLIP)
+    calls = []
+
+    def encode(batch):
+        calls.append(len(batch["sample"]))
+        return {"features": batch["semantic_frames"].float().mean((3, 4)) / 255}
+
+    for _ in range(2):
+        encode_shards(clips, tmp_path / "enc", {"encoder": "mean"}, encode, 5, collate_fn=collate)
+    assert calls == [5, 5, 5, 1]
+    encoded = FixedClips(ClipDataset(Shards(str(tmp_path / "enc/*.tar")), CLIP))
+    for index in (0, 15):
+        raw = clips[index]
+        assert encoded[index]["caption"] == raw["caption"] and encoded[index]["sample"] == raw["sample"]
+        expected = raw["semantic_frames"].float().mean((2, 3)) / 255
+        torch.testing.assert_close(encoded[index]["features"], expected, atol=1e-3, rtol=1e-3)
+    with pytest.raises(UserError, match="encoder 'mean', the config says 'other'"):
+        check_fingerprint(tmp_path / "enc", {"encoder": "other"})
+
+
+def test_prompt_files(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\n two \n")
+    assert read_prompts(str(tmp_path / "p.txt")) == [{"caption": "one"}, {"caption": "two"}]
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(UserError, match="empty.txt is empty"):
+        read_prompts(str(tmp_path / "empty.txt"))
+    with pytest.raises(UserError, match="no prompt file"):
+        read_prompts(str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_state_of_the_loader_is_one_integer(shards, monkeypatch, workers):
+    monkeypatch.chdir(shards)
+
+    def module(state=None):
+        data = VideoDataModule(batch_size=3, num_workers=workers, seed=5)
+        data.trainer = SimpleNamespace(global_rank=0, world_size=1, training=True)
+        if state:
+            data.load_state_dict(json.loads(json.dumps(state)))
+        return data, iter(data.train_dataloader())
+
+    def deliver(data, batches, count):
+        return [data.on_after_batch_transfer(next(batches), 0)["sample"] for _ in range(count)]
+
+    data, batches = module()
+    whole = deliver(data, batches, 20)  # 60 of 40 clips: into the second epoch
+    data, batches = module()
+    first = deliver(data, batches, 7)
+    assert first + deliver(*module(data.state_dict()), 13) == whole

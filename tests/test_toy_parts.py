@@ -1,0 +1,112 @@
+"""The embedded VAE and encoder: causality, shapes, and the quality of the shipped weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import VideoMAEModel
+
+import encoders
+from data.clip import Clip
+from data.decode import decode_clip
+from data.toy import toy_clip
+from encoders.toy import ToyEncoder
+from encoders.toy_vae import ToyVideoVAE
+from lightning_semgen.toy_parts import attribute_labels, move, psnr, recolour, sprite_centres
+
+WEIGHTS = Path(encoders.__file__).parent / "weights"
+CLIP = Clip(num_frames=49, height=48, width=48, fps=24.0, semantic_fps=1.6)
+
+
+def clips(split: str, count: int) -> tuple[Tensor, list[dict]]:
+    """Decoded uint8 frames (count, 49, 3, 48, 48) and what they show."""
+    rows = [toy_clip(split, index, seed=1) for index in range(count)]
+    return torch.stack([decode_clip(video, CLIP) for _, video, _ in rows]), [info for *_, info in rows]
+
+
+@pytest.fixture(scope="module")
+def vae() -> ToyVideoVAE:
+    return ToyVideoVAE.from_pretrained(WEIGHTS / "toy_vae", torch_dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("frames", "height", "width"), [(1, 16, 16), (5, 32, 48), (25, 64, 16)])
+def test_any_whole_clip_runs(vae, frames, height, width):
+    video = torch.rand(2, 3, frames, height, width) * 2 - 1
+    latents = vae.encode(video).latent_dist.mode()
+    assert latents.shape == (2, vae.config.z_dim, 1 + (frames - 1) // 4, height // 8, width // 8)
+    assert vae.decode(latents).sample.shape == video.shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_latents_and_frames_do_not_see_the_future(vae, step):
+    video = torch.rand(1, 3, 17, 32, 32) * 2 - 1
+    changed = video.clone()
+    changed[:, :, 4 * step + 1 :] = 0
+    latents, others = (vae.encode(x).latent_dist.mode() for x in (video, changed))
+    torch.testing.assert_close(latents[:, :, : step + 1], others[:, :, : step + 1])
+    assert not torch.allclose(latents[:, :, step + 1], others[:, :, step + 1])
+
+    others = latents.clone()
+    others[:, :, step + 1 :] = 0
+    shown, other = (vae.decode(z).sample for z in (latents, others))
+    torch.testing.assert_close(shown[:, :, : 4 * step + 1], other[:, :, : 4 * step + 1])
+    assert not torch.allclose(shown[:, :, 4 * step + 1], other[:, :, 4 * step + 1])
+
+
+@torch.no_grad()
+def test_shipped_vae_reconstructs_heldout_clips_also_from_noisy_latents(vae):
+    video = clips("heldout", 32)[0].movedim(1, 2) / 127.5 - 1
+    latents = vae.encode(video).latent_dist.mode()
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    assert psnr(vae.decode(latents).sample, video).mean() >= 30
+    assert psnr(vae.decode(latents + 0.1 * std * noise).sample, video).mean() >= 27
+
+
+def class_means(features: Tensor, labels: Tensor) -> Tensor:
+    """(classes, width)."""
+    members = F.one_hot(labels).float()
+    return (members.T @ features) / members.sum(0)[:, None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attribute", ["colour", "shape", "direction"])
+def test_shipped_encoder_tells_attributes_of_heldout_clips(attribute, pooled):
+    (known, known_labels), (seen, labels) = (pooled[split] for split in ("train", "heldout"))
+    guesses = torch.cdist(seen, class_means(known, known_labels[attribute])).argmin(1)
+    assert (guesses == labels[attribute]).float().mean() >= 0.9
+
+
+@pytest.fixture(scope="module")
+def pooled() -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    encoder, result = ToyEncoder("toy_encoder").eval(), {}
+    for split, count in (("train", 160), ("heldout", 64)):
+        frames, info = clips(split, count)
+        pixels = encoder.preprocess(frames[:, CLIP.semantic_indices])
+        with torch.no_grad():
+            result[split] = encoder.features(pixels).mean((1, 2, 3)), attribute_labels(info, torch.device("cpu"))
+    return result
+
+
+@pytest.mark.parametrize(("model", "folder"), [(ToyVideoVAE, "toy_vae"), (VideoMAEModel, "toy_encoder")])
+def test_shipped_weights_are_complete_and_load_strictly(model, folder):
+    _, report = model.from_pretrained(WEIGHTS / folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+def test_shipped_weights_are_small():
+    assert sum(path.stat().st_size for path in WEIGHTS.glob("toy_*/*")) <= 4e6
+
+
+def test_augmentations_keep_what_the_labels_say():
+    frames, info = clips("train", 16)
+    frames, directions = frames[:, CLIP.semantic_indices] / 255, attribute_labels(info, frames.device)["direction"]
+    moved, turned = move(recolour(frames), directions)
+    travel = sprite_centres(moved)[:, -1] - sprite_centres(moved)[:, 0]  # x, y
+    axis = turned // 2
+    assert torch.equal(travel.abs().argmax(1), axis)
+    assert torch.equal(travel.gather(1, axis[:, None])[:, 0] > 0, turned % 2 == 1)
