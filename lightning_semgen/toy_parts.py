@@ -54,12 +54,19 @@ def move(frames: Tensor, directions: Tensor, reach: int = 4) -> tuple[Tensor, Te
     return shifted, torch.where(turned, directions ^ 1, directions)
 
 
-def recolour(frames: Tensor) -> Tensor:
-    """Frames (B, T, 3, H, W) in [0, 1] with each clip's colour channels shuffled, and half of the clips negated."""
-    order = torch.rand(len(frames), 3, device=frames.device).argsort(1)
-    shuffled = frames.gather(2, order[:, None, :, None, None].expand_as(frames))
-    negated = torch.rand(len(frames), 1, 1, 1, 1, device=frames.device) < 0.5
-    return torch.where(negated, 1 - shuffled, shuffled)
+def hues() -> Tensor:
+    """Angle of each of COLOURS around the grey axis of the RGB cube."""
+    red, green, blue = torch.tensor([*COLOURS.values()]).unbind(1)
+    return torch.atan2(3**0.5 * (green - blue), 2 * red - green - blue)
+
+
+def recolour(frames: Tensor, colours: Tensor) -> tuple[Tensor, Tensor]:
+    """Clips (B, T, 3, H, W) in [0, 1] of sprites of these colours (B) turned to random other ones; grey stays grey."""
+    wanted = torch.randint_like(colours, len(COLOURS))
+    angle = (hues().to(frames)[wanted] - hues().to(frames)[colours])[:, None, None]
+    cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]).to(frames) / 3**0.5
+    turn = angle.cos() * torch.eye(3).to(frames) + (1 - angle.cos()) / 3 + angle.sin() * cross
+    return torch.einsum("bij,btjhw->btihw", turn, frames).clamp(0, 1), wanted
 
 
 class ToyPart(LightningModule):
