@@ -86,9 +86,9 @@ class VideoDataModule(LightningDataModule):
                 self.encoded / split,
                 stage.fingerprint(),
                 stage.encode,
+                collate,
                 self.batch_size,
-                num_workers=self.num_workers,
-                collate_fn=collate,
+                self.num_workers,
             )
 
     def setup(self, stage: str) -> None:

@@ -1,6 +1,7 @@
 """Shards and prompt files as datasets; a sample is a dict, a batch a dict of tensors and lists."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -34,6 +35,17 @@ class ClipDataset(Dataset):
         encoded = {part: from_bytes(members[f"{part}.npy"]) for part in PARTS if f"{part}.npy" in members}
         return caption_of(members) | (encoded or self._frames(members))
 
+    def first_usable(self, indices: Iterable[int]) -> tuple[dict, list[tuple[str, str]]]:
+        """The first of these samples that can be used, and (key, cause) of those before it that cannot."""
+        rejected = []
+        for index in indices:
+            try:
+                return self[index], rejected
+            except Rejected as cause:
+                rejected.append((self.shards.samples[index][1], str(cause)))
+        key, cause = rejected[-1]
+        raise UserError(f"No sample of {self.shards.paths[0].parent} can be used; the last, {key}: {cause}.")
+
     def _frames(self, members: dict) -> dict[str, Tensor]:
         video = next((members[extension] for extension in VIDEO_EXTENSIONS if extension in members), None)
         if video is None:
@@ -52,22 +64,17 @@ class Stream(Dataset):
         self.clips, self.seed = clips, seed
 
     def __getitem__(self, position: int) -> dict:
-        rejected = []
-        for attempt in range(len(self.clips)):
-            index = sample_at(position + attempt, self.seed, len(self.clips))
-            try:
-                sample = self.clips[index]
-            except Rejected as cause:
-                rejected.append((self.clips.shards.samples[index][1], str(cause)))
-            else:
-                return sample | {"position": position, "key": key_of(self.seed, position), "rejected": rejected}
-        raise UserError(
-            f"No sample of {self.clips.shards.paths[0].parent} can be used: {rejected[-1][0]} {rejected[-1][1]}."
-        )
+        count = len(self.clips)
+        order = (sample_at(place, self.seed, count) for place in range(position, position + count))
+        sample, rejected = self.clips.first_usable(order)
+        return sample | {"position": position, "key": key_of(self.seed, position), "rejected": rejected}
 
 
 class FixedClips(Dataset):
-    """Validation samples in order, with keys that never change, so that losses of different runs compare."""
+    """Validation samples in order, with keys that never change, so that losses of different runs compare.
+
+    A rejected sample is replaced by the next good one.
+    """
 
     def __init__(self, clips: ClipDataset):
         self.clips = clips
@@ -76,7 +83,8 @@ class FixedClips(Dataset):
         return len(self.clips)
 
     def __getitem__(self, index: int) -> dict:
-        return self.clips[index] | {"position": index, "key": key_of("validation", index)}
+        sample, _ = self.clips.first_usable((index + step) % len(self) for step in range(len(self)))
+        return sample | {"position": index, "key": key_of("validation", index)}
 
 
 class Prompts(Dataset):

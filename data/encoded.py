@@ -2,15 +2,18 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from data.decode import Rejected
 from data.shards import index_path, write_atomically, write_shard
 from lightning_semgen.errors import UserError
 
@@ -41,31 +44,55 @@ def check_fingerprint(folder: Path, fingerprint: dict) -> None:
             )
 
 
-def encode_shards(dataset, folder: Path, fingerprint: dict, encode: Encode, batch_size: int, **loader) -> None:
-    """Writes one encoded shard for each shard of `dataset` that has none in `folder` yet.
+def encode_shards(
+    clips: Dataset, folder: Path, fingerprint: dict, encode: Encode, collate: Callable, batch_size: int, workers: int
+) -> None:
+    """Writes one encoded shard for each shard of a `ClipDataset` of videos that has none in `folder` yet.
 
-    Args:
-        dataset: a `ClipDataset` of video shards.
-        encode: a batch of that dataset to the parts {"features": (B, …), "latents": (B, …)}.
-        loader: further arguments of the DataLoader.
+    `encode` makes of a batch of that dataset its parts {"features": (B, …), "latents": (B, …)}.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "fingerprint.json").exists():
         check_fingerprint(folder, fingerprint)
     else:
         write_atomically(folder / "fingerprint.json", json.dumps(fingerprint, indent=1))
-    missing = [n for n, path in enumerate(dataset.shards.paths) if not index_path(folder / path.name).exists()]
-    todo = [[i for i, row in enumerate(dataset.shards.samples) if row[0] == number] for number in missing]
-    with tqdm(total=sum(map(len, todo)), desc=f"encoding into {folder}", unit="clip", disable=not missing) as progress:
-        for number, indices in zip(missing, todo, strict=True):
-            batches = DataLoader(Subset(dataset, indices), batch_size, **loader)
-            write_shard(folder / dataset.shards.paths[number].name, _samples(batches, encode, progress))
+    shards = clips.shards
+    missing = [number for number, path in enumerate(shards.paths) if not index_path(folder / path.name).exists()]
+    todo = {number: [i for i, row in enumerate(shards.samples) if row[0] == number] for number in missing}
+    total = sum(map(len, todo.values()))
+    with tqdm(total=total, desc=f"encoding into {folder}", unit="clip", disable=not todo) as progress:
+        for number, indices in todo.items():
+            loader = DataLoader(
+                Subset(Sifted(clips), indices), batch_size, num_workers=workers, collate_fn=partial(_sift, collate)
+            )
+            write_shard(folder / shards.paths[number].name, _samples(loader, encode, progress))
 
 
-def _samples(batches: DataLoader, encode: Encode, progress: tqdm):
-    for batch in batches:
-        parts = {f"{name}.npy": value for name, value in encode(batch).items()}
-        for row, info in enumerate(batch["info"]):
-            arrays = {name: to_bytes(value[row]) for name, value in parts.items()}
-            yield {"__key__": batch["sample"][row], "json": json.dumps(info).encode(), **arrays}
-        progress.update(len(batch["info"]))
+class Sifted(Dataset):
+    """The clips, with (key, cause) in place of one that is rejected."""
+
+    def __init__(self, clips: Dataset):
+        self.clips = clips
+
+    def __getitem__(self, index: int) -> dict | tuple[str, str]:
+        try:
+            return self.clips[index]
+        except Rejected as cause:
+            return self.clips.shards.samples[index][1], str(cause)
+
+
+def _sift(collate: Callable, samples: list[dict | tuple[str, str]]) -> tuple[dict | None, list[tuple[str, str]]]:
+    good = [sample for sample in samples if isinstance(sample, dict)]
+    return collate(good) if good else None, [sample for sample in samples if isinstance(sample, tuple)]
+
+
+def _samples(loader: DataLoader, encode: Encode, progress: tqdm) -> Iterator[dict]:
+    for batch, rejected in loader:
+        for key, cause in rejected:
+            rank_zero_warn(f"Sample {key} is left out of the encoded shards: {cause}.")
+        if batch is not None:
+            parts = {f"{name}.npy": value for name, value in encode(batch).items()}
+            for row, info in enumerate(batch["info"]):
+                arrays = {name: to_bytes(value[row]) for name, value in parts.items()}
+                yield {"__key__": batch["sample"][row], "json": info, **arrays}
+        progress.update(len(rejected) + (0 if batch is None else len(batch["info"])))

@@ -127,6 +127,24 @@ def test_bad_samples_are_replaced_and_reported(damaged):
     assert batch["key"].dtype == torch.int64 and len(set(batch["key"].tolist())) == 9
 
 
+def test_bad_samples_are_left_out_of_encoded_shards_and_replaced_in_validation(damaged, tmp_path):
+    clips = ClipDataset(damaged, CLIP)
+    with pytest.warns(UserWarning, match="train-000002 is left out.*does not decode"):
+        encode_shards(
+            clips, tmp_path / "enc", {}, lambda batch: {"features": batch["position"]}, numbered, batch_size=3, workers=0
+        )
+    assert len(Shards(str(tmp_path / "enc/*.tar"))) == 7
+    assert [FixedClips(clips)[index]["sample"] for index in (1, 2, 3)] == [
+        "train-000001",
+        "train-000003",
+        "train-000003",
+    ]
+
+
+def numbered(samples):
+    return collate([{**sample, "position": 0} for sample in samples])
+
+
 def test_all_bad_is_an_error(tmp_path):
     write_shard(tmp_path / "bad.tar", [{"__key__": "a", "mp4": b"x", "json": {"caption": "a"}}])
     with pytest.raises(UserError, match="No sample of .* can be used.*does not decode"):
@@ -167,7 +185,7 @@ def test_encoded_shards_say_what_the_parts_say_and_are_written_once(shards, tmp_
         return {"features": batch["semantic_frames"].float().mean((3, 4)) / 255}
 
     for _ in range(2):
-        encode_shards(clips, tmp_path / "enc", {"encoder": "mean"}, encode, 5, collate_fn=collate)
+        encode_shards(clips, tmp_path / "enc", {"encoder": "mean"}, encode, collate, batch_size=5, workers=0)
     assert calls == [5, 5, 5, 1]
     encoded = FixedClips(ClipDataset(Shards(str(tmp_path / "enc/*.tar")), CLIP))
     for index in (0, 15):
