@@ -105,7 +105,7 @@ class VideoDataModule(LightningDataModule):
             rank_zero_info(
                 f"{split}: {shards.uncaptioned} samples without a caption are skipped, {len(shards)} are used."
             )
-        return ClipDataset(shards, self.clip)
+        return ClipDataset(shards, self.clip, self.trainer.lightning_module.needs_video)
 
     # Loaders
 

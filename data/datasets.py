@@ -21,11 +21,12 @@ class ClipDataset(Dataset):
     """The captioned samples of video or encoded shards; raises `Rejected` for one that cannot be used.
 
     A sample holds `frames` uint8 (T, 3, H, W) and `semantic_frames` (T_s, 3, H, W) or, from encoded shards, `features`
-    (T', H', W', D) and `latents` (C, T_z, H_z, W_z); and `caption`, `info` (its JSON), `sample` (its key).
+    (T', H', W', D) and `latents` (C, T_z, H_z, W_z); and `caption`, `info` (its JSON), `sample` (its key). Without
+    `needs_video` there are no `frames`, which saves most of the decoding.
     """
 
-    def __init__(self, shards: Shards, clip: Clip):
-        self.shards, self.clip = shards, clip
+    def __init__(self, shards: Shards, clip: Clip, needs_video: bool = True):
+        self.shards, self.clip, self.needs_video = shards, clip, needs_video
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -50,6 +51,8 @@ class ClipDataset(Dataset):
         video = next((members[extension] for extension in VIDEO_EXTENSIONS if extension in members), None)
         if video is None:
             raise Rejected("no video member")
+        if not self.needs_video:
+            return {"semantic_frames": decode_clip(video, self.clip, semantic_only=True)}
         frames = decode_clip(video, self.clip)
         return {"frames": frames, "semantic_frames": frames[self.clip.semantic_indices]}
 

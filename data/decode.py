@@ -17,13 +17,14 @@ class Rejected(Exception):
     """Why a sample cannot be used; its text is the cause that is counted."""
 
 
-def decode_clip(video: bytes, clip: Clip, start: float = 0.0) -> Tensor:
-    """Frames uint8 (T, 3, H, W) of the clip that begins `start` seconds into the video.
+def decode_clip(video: bytes, clip: Clip, start: float = 0.0, semantic_only: bool = False) -> Tensor:
+    """Frames uint8 (T, 3, H, W) of the clip that begins `start` seconds into the video, or (T_s, 3, H, W) of its
+    semantic stream only.
 
     The frame of a grid time is the one whose display interval holds that time. The picture is scaled to cover the
     clip's size and cropped in the middle.
     """
-    wanted = (clip.times + start).tolist()
+    wanted = ((clip.semantic_times if semantic_only else clip.times) + start).tolist()
     frames: list[np.ndarray] = []
     try:
         for begin, end, frame in _displayed(video):

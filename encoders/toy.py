@@ -13,19 +13,25 @@ WEIGHTS = Path(__file__).parent / "weights"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def pool_cells(tokens: Tensor, cells: int) -> Tensor:
+    """Tokens (B, T', H', W', D) averaged over blocks of space to (B, T', cells, cells, D)."""
+    pooled = F.adaptive_avg_pool2d(tokens.flatten(0, 1).movedim(-1, 1), cells)
+    return pooled.movedim(1, -1).unflatten(0, tokens.shape[:2])
+
+
 class ToyEncoder(FrozenEncoder):
-    """VideoMAE on windows of `config.num_frames` frames, squashed to the trained square.
+    """VideoMAE on windows of `config.num_frames` frames, squashed to the trained square; tokens pooled to 3×3 cells.
 
     Windows are independent; the last is filled up by repeating its final frame, and the surplus is cut.
     """
 
-    def __init__(self, weights: str):
+    def __init__(self, weights: str, cells: int = 3):
         super().__init__()
         self.model = VideoMAEModel.from_pretrained(WEIGHTS / weights, dtype=torch.float32)
         config = self.model.config
         self.dim, self.tubelet = config.hidden_size, config.tubelet_size
         self.window, self.side = config.num_frames, config.image_size
-        self.cells = config.image_size // config.patch_size
+        self.patches, self.cells = config.image_size // config.patch_size, cells
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
@@ -43,4 +49,5 @@ class ToyEncoder(FrozenEncoder):
         surplus = -pixels.shape[1] % self.window
         pixels = torch.cat([pixels, pixels[:, -1:].expand(-1, surplus, -1, -1, -1)], dim=1)
         tokens = self.model(pixels.unflatten(1, (-1, self.window)).flatten(0, 1)).last_hidden_state
-        return tokens.reshape(batch, -1, self.cells, self.cells, self.dim)[:, :steps]
+        tokens = tokens.reshape(batch, -1, self.patches, self.patches, self.dim)[:, :steps]
+        return pool_cells(tokens, self.cells)

@@ -118,6 +118,11 @@ class Stage(LightningModule):
         for part in self.frozen:
             part.to(device)
 
+    @property
+    def needs_video(self) -> bool:
+        """Whether frames at the full rate are needed, or those of the semantic stream will do."""
+        return self.space is None or self.space.encoder.stream == "video"
+
     # Encoded shards
 
     def fingerprint(self) -> dict:

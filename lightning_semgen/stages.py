@@ -112,6 +112,10 @@ class LatentStage(Stage):
         return self._vae[0]
 
     @property
+    def needs_video(self) -> bool:
+        return True
+
+    @property
     def frozen(self) -> list:
         return [*super().frozen, self.vae]
 

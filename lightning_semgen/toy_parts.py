@@ -13,6 +13,7 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from data.toy import COLOURS, DIRECTIONS, SHAPES, SIZES
+from encoders.toy import pool_cells
 from encoders.toy_vae import ToyVideoVAE
 
 ATTRIBUTES = {"colour": list(COLOURS), "shape": list(SHAPES), "direction": list(DIRECTIONS), "size": list(SIZES)}
@@ -40,20 +41,6 @@ def sprite_centres(frames: Tensor) -> Tensor:
     return sums / weight.sum((2, 3))[..., None]
 
 
-def move(frames: Tensor, directions: Tensor, reach: int = 4) -> tuple[Tensor, Tensor]:
-    """Clips (B, T, 3, H, W) mirrored, reversed (half of them each) and shifted, with directions (B) to match."""
-    mirrored, reversed_ = torch.rand(2, len(frames), device=frames.device) < 0.5
-    frames = torch.where(mirrored[:, None, None, None, None], frames.flip(-1), frames)
-    frames = torch.where(reversed_[:, None, None, None, None], frames.flip(1), frames)
-    turned = reversed_ ^ (mirrored & (directions < 2))  # DIRECTIONS are left, right, up, down
-    padded = F.pad(frames.flatten(1, 2), (reach,) * 4, mode="replicate").view(
-        *frames.shape[:3], frames.shape[3] + 2 * reach, -1
-    )
-    top, left = torch.randint(2 * reach + 1, (2,)).tolist()
-    shifted = padded[..., top : top + frames.shape[3], left : left + frames.shape[4]]
-    return shifted, torch.where(turned, directions ^ 1, directions)
-
-
 def hues() -> Tensor:
     """Angle of each of COLOURS around the grey axis of the RGB cube."""
     red, green, blue = torch.tensor([*COLOURS.values()]).unbind(1)
@@ -61,7 +48,7 @@ def hues() -> Tensor:
 
 
 def recolour(frames: Tensor, colours: Tensor) -> tuple[Tensor, Tensor]:
-    """Clips (B, T, 3, H, W) in [0, 1] of sprites of these colours (B) turned to random other ones; grey stays grey."""
+    """Clips (B, T, 3, H, W) in [0, 1] of sprites of these colours (B) turned to random others; grey stays grey."""
     wanted = torch.randint_like(colours, len(COLOURS))
     angle = (hues().to(frames)[wanted] - hues().to(frames)[colours])[:, None, None]
     cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]).to(frames) / 3**0.5
@@ -93,21 +80,23 @@ class ToyPart(LightningModule):
 
 
 class ToyVAETraining(ToyPart):
-    """Reconstruction of short pieces of the clips, with a small KL so that latents stay smooth."""
+    """Reconstruction, above all of what is colourful, with a small KL so that latents stay smooth."""
+
+    needs_video = True
 
     def __init__(
         self,
-        z_dim: int = 8,
-        channels: tuple[int, int, int] = (32, 48, 80),
-        clip_frames: int = 17,  # length of the pieces, 4k+1
+        z_dim: int = 12,
+        channels: tuple[int, int, int] = (40, 64, 96),
+        colour_weight: float = 8.0,  # of a fully saturated pixel beside a grey one: sprites are few pixels
         kl_weight: float = 1e-3,  # on the mean over latents, as the error is the mean over pixels
-        statistics_batches: int = 32,
+        statistics_batches: int = 64,
         lr: float = 2e-3,
         weight_decay: float = 1e-4,
     ) -> None:
         super().__init__(lr, weight_decay)
         self.vae = ToyVideoVAE(z_dim, channels)
-        self.clip_frames, self.kl_weight, self.statistics_batches = clip_frames, kl_weight, statistics_batches
+        self.colour_weight, self.kl_weight, self.statistics_batches = colour_weight, kl_weight, statistics_batches
 
     def pixels(self, batch: dict) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1]."""
@@ -115,12 +104,12 @@ class ToyVAETraining(ToyPart):
 
     def training_step(self, batch: dict, _: int) -> Tensor:
         frames = self.pixels(batch)
-        start = int(torch.randint(frames.shape[2] - self.clip_frames + 1, ()))
-        frames = frames[:, :, start : start + self.clip_frames]
         latents = self.vae.encode(frames).latent_dist
-        error = F.mse_loss(self.vae.decode(latents.sample()).sample, frames)
+        saturation = (frames.amax(1, keepdim=True) - frames.amin(1, keepdim=True)) / 2
+        squares = (self.vae.decode(latents.sample()).sample - frames).square()
+        error = ((1 + self.colour_weight * saturation) * squares).mean()
         kl = (latents.mean.square() + latents.var - 1 - latents.logvar).mean() / 2
-        self.log_dict({"train/mse": error, "train/kl": kl}, batch_size=len(frames))
+        self.log_dict({"train/mse": squares.mean(), "train/kl": kl}, batch_size=len(frames))
         return error + self.kl_weight * kl
 
     def validation_step(self, batch: dict, _: int) -> None:
@@ -138,48 +127,51 @@ class ToyVAETraining(ToyPart):
 
 
 class ToyEncoderTraining(ToyPart):
-    """Masked autoencoding; attributes from the mean token; attributes and the sprite's place from every token.
+    """Masked autoencoding; attributes from the mean token; attributes and the sprite's place from every pooled token.
 
-    In the train split, colour, direction and size say which shapes are unlikely, and a network finds that easier than
-    looking. So shape, direction and size are learnt from clips whose colour is random, and colour from the others.
+    Sprites are recoloured at random: in the train split, colour, direction and size say which shapes are unlikely, and
+    a network finds that easier than looking. Small patches matter likewise: with 16 pixels shape is not learnt.
     """
+
+    needs_video = False
 
     def __init__(
         self,
         image_size: int = 48,
+        patch_size: int = 8,
         num_frames: int = 4,
         width: int = 128,
         depth: int = 4,
         heads: int = 4,
-        mask_ratio: float = 0.5,
-        recoloured: float = 0.75,  # share of the clips
-        attribute_weight: float = 0.1,
-        token_weight: float = 0.05,  # single tokens that tell a clip's attributes compress well
-        place_weight: float = 0.5,
-        lr: float = 1e-3,
+        cells: int = 3,  # side of the pooled grid
+        mask_ratio: float = 0.75,
+        mae_weight: float = 20.0,
+        token_weight: float = 0.5,  # single tokens that tell a clip's attributes compress well
+        place_weight: float = 5.0,
+        lr: float = 2e-3,
         weight_decay: float = 0.05,
     ) -> None:
         super().__init__(lr, weight_decay)
-        self.mask_ratio, self.recoloured = mask_ratio, recoloured
-        self.attribute_weight, self.token_weight, self.place_weight = attribute_weight, token_weight, place_weight
-        self.autoencoder = VideoMAEForPreTraining(
-            VideoMAEConfig(
-                image_size=image_size,
-                patch_size=16,
-                num_frames=num_frames,
-                tubelet_size=2,
-                hidden_size=width,
-                num_hidden_layers=depth,
-                num_attention_heads=heads,
-                intermediate_size=2 * width,
-                decoder_hidden_size=width,
-                decoder_num_hidden_layers=1,
-                decoder_num_attention_heads=heads,
-                decoder_intermediate_size=2 * width,
-                use_mean_pooling=False,
-                norm_pix_loss=False,
-            )  # fmt: skip
+        self.mask_ratio, self.cells = mask_ratio, cells
+        self.weights = {"mae": mae_weight, "attributes": 1.0, "token_attributes": token_weight, "place": place_weight}
+        config = VideoMAEConfig(
+            image_size=image_size,
+            patch_size=patch_size,
+            num_frames=num_frames,
+            tubelet_size=2,
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            intermediate_size=2 * width,
+            decoder_hidden_size=width,
+            decoder_num_hidden_layers=1,
+            decoder_num_attention_heads=heads,
+            decoder_intermediate_size=2 * width,
+            use_mean_pooling=False,
+            norm_pix_loss=False,
+            initializer_range=0.04,
         )
+        self.autoencoder = VideoMAEForPreTraining(config)
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in ATTRIBUTES.items()})
         self.token_heads = deepcopy(self.heads)
         self.place = nn.Linear(width, 4)  # x, y in the two frames of the token's tubelet
@@ -191,8 +183,11 @@ class ToyEncoderTraining(ToyPart):
         return (frames - self.mean) / self.std
 
     def tokens(self, frames: Tensor) -> Tensor:
-        """(B, N, width) of frames (B, T_s, 3, H, W) in [0, 1], after the final LayerNorm."""
-        return self.autoencoder.videomae(self.normalise(frames)).last_hidden_state
+        """Pooled tokens (B, N, width) of frames (B, T_s, 3, H, W) in [0, 1], after the final LayerNorm."""
+        config = self.autoencoder.config
+        side = config.image_size // config.patch_size
+        tokens = self.autoencoder.videomae(self.normalise(frames)).last_hidden_state
+        return pool_cells(tokens.unflatten(1, (-1, side, side)), self.cells).flatten(1, 3)
 
     def mask(self, count: int) -> Tensor:
         """(count, N), true where hidden; as many in every row."""
@@ -201,13 +196,9 @@ class ToyEncoderTraining(ToyPart):
         return order < round(self.mask_ratio * patches)
 
     def attribute_loss(self, tokens: Tensor, labels: dict[str, Tensor], heads: nn.ModuleDict) -> Tensor:
-        """Mean cross entropy of tokens (B, N, width), each to tell the attributes of its clip; labels -100 count 0."""
-        count = tokens.shape[0] * tokens.shape[1]
+        """Cross entropy of tokens (B, N, width), each to tell the attributes of its clip."""
         return sum(
-            F.cross_entropy(
-                heads[name](tokens).flatten(0, 1), truth.repeat_interleave(tokens.shape[1]), reduction="sum"
-            )
-            / count
+            F.cross_entropy(heads[name](tokens).transpose(1, 2), truth[:, None].expand(-1, tokens.shape[1]))
             for name, truth in labels.items()
         )
 
@@ -217,21 +208,16 @@ class ToyEncoderTraining(ToyPart):
 
     def training_step(self, batch: dict, _: int) -> Tensor:
         frames, labels = batch["semantic_frames"] / 255, attribute_labels(batch["info"], self.device)
-        frames, labels["direction"] = move(frames, labels["direction"])
-        hidden = self.autoencoder(self.normalise(frames), self.mask(len(frames))).loss
-        changed = torch.rand(len(frames), device=self.device) < self.recoloured
-        frames = torch.where(changed[:, None, None, None, None], recolour(frames), frames)
-        labels = {name: truth.where(changed == (name != "colour"), -100) for name, truth in labels.items()}
+        frames, labels["colour"] = recolour(frames, labels["colour"])
         tokens = self.tokens(frames)
         losses = {
-            "mae": hidden,
+            "mae": self.autoencoder(self.normalise(frames), self.mask(len(frames))).loss,
             "attributes": self.attribute_loss(tokens.mean(1, keepdim=True), labels, self.heads),
             "token_attributes": self.attribute_loss(tokens, labels, self.token_heads),
             "place": self.place_loss(tokens, frames),
         }
         self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=len(frames))
-        weights = (1.0, self.attribute_weight, self.token_weight, self.place_weight)
-        return sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True))
+        return sum(self.weights[name] * loss for name, loss in losses.items())
 
     def validation_step(self, batch: dict, _: int) -> None:
         frames, labels = batch["semantic_frames"] / 255, attribute_labels(batch["info"], self.device)

@@ -213,7 +213,9 @@ def test_the_state_of_the_loader_is_one_integer(shards, monkeypatch, workers):
 
     def module(state=None):
         data = VideoDataModule(batch_size=3, num_workers=workers, seed=5)
-        data.trainer = SimpleNamespace(global_rank=0, world_size=1, training=True)
+        data.trainer = SimpleNamespace(
+            global_rank=0, world_size=1, training=True, lightning_module=SimpleNamespace(needs_video=False)
+        )
         if state:
             data.load_state_dict(json.loads(json.dumps(state)))
         return data, iter(data.train_dataloader())
