@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make demo`, `make test`.
+# What a newcomer needs is `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
@@ -13,18 +13,29 @@ $(BIN)/.installed: pyproject.toml
 
 install: $(BIN)/.installed  ## a virtual environment in .venv with everything in it
 
+# A run that was stopped goes on, one that is done stays as it is.
+fit = $(BIN)/lightning fit -c configs/$(1).yaml $(if $(wildcard runs/$(1)/checkpoints/last.ckpt),--ckpt_path last)
+
 demo: install  ## toy videos, both stages from scratch, samples, numbers and pictures
-	test -f runs/dim8/checkpoints/last.ckpt || $(BIN)/lightning fit -c configs/dim8.yaml
-	test -f runs/latent_dim8/checkpoints/last.ckpt || $(BIN)/lightning fit -c configs/latent_dim8.yaml
+	$(call fit,dim8)
+	$(call fit,latent_dim8)
 	$(BIN)/lightning test -c runs/latent_dim8/config.yaml
+	@echo
+	@cat runs/latent_dim8/test/numbers.json
+	@echo
+	@echo "Videos         runs/latent_dim8/test/*.mp4"
+	@echo "Contact sheet  runs/latent_dim8/test/contact_sheet.png"
+	@echo "Numbers        runs/latent_dim8/test/numbers.json"
+	@echo "Curves         $(BIN)/tensorboard --logdir runs"
 
 test: install  ## the tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: install  ## all tests
-	$(BIN)/python -m pytest
+test-slow: install  ## the others
+	$(BIN)/python -m pytest -m slow
 
 lint: install  ## style
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
-.PHONY: help install demo test test-all lint
+.PHONY: help install demo test test-slow lint

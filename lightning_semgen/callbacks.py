@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +17,17 @@ from lightning_semgen.pictures import add_animation, animated_grid, contact_shee
 from lightning_semgen.stage import Stage
 
 SHOWN = 8  # videos of a validation, rows of a contact sheet ×2
+
+
+class Progress(TQDMProgressBar):
+    """Steps done, of trainer.max_steps; there are no epochs to name."""
+
+    def __init__(self):
+        super().__init__(refresh_rate=10)
+
+    def on_train_epoch_start(self, trainer: Trainer, *_) -> None:
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description("training")
 
 
 class Throughput(Callback):

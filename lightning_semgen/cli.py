@@ -1,6 +1,8 @@
 """The `lightning` command: LightningCLI's fit, validate, test and predict, and our own COMMANDS."""
 
+import logging
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from transformers.utils import logging as transformers_logging
 
 from data.clip import Clip
 from data.datamodule import VideoDataModule
@@ -16,7 +19,7 @@ from lightning_semgen import (
     stages,  # noqa: F401  its classes are found by their short names
     toy_parts,  # noqa: F401
 )
-from lightning_semgen.callbacks import ShowVideos, Throughput, WriteResults
+from lightning_semgen.callbacks import Progress, ShowVideos, Throughput, WriteResults
 from lightning_semgen.errors import UserError
 from lightning_semgen.runs import LAST, AtomicCheckpointIO, RunCheckpoint, SaveRunConfig, last_checkpoint, run_folder
 from lightning_semgen.stage import Stage
@@ -70,6 +73,10 @@ class SemGenCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         config = self._get(self.config_init, "trainer")
         run = Path(config.default_root_dir)
+        callbacks = [Throughput(), ShowVideos(), WriteResults()]
+        if config.enable_progress_bar is not False:
+            callbacks.append(Progress())
+        config.callbacks = [*(config.callbacks or []), *callbacks]
         if config.logger is None:
             resumed = self._get(self.config, "ckpt_path") if self.subcommand == "fit" else None
             step = torch.load(resumed, map_location="meta", weights_only=True)["global_step"] if resumed else None
@@ -89,7 +96,8 @@ def run(args: list[str] | None = None, execute: bool = True) -> SemGenCLI:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_callback=SaveRunConfig,
-        trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [Throughput(), ShowVideos(), WriteResults()]},
+        trainer_defaults=TRAINER_DEFAULTS,
+        parser_kwargs={"epilog": "further commands: " + "; ".join(f"{n}: {f.__doc__}" for n, f in COMMANDS.items())},
         args=args,
         run=execute,
     )
@@ -124,8 +132,17 @@ def user_error(error: BaseException | None) -> UserError | None:
     return error
 
 
+def hush() -> None:
+    """Silences what tells a user of this command nothing."""
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    transformers_logging.disable_progress_bar()
+
+
 def main() -> None:
     """A user's mistake ends the command with one sentence and exit code 1."""
+    hush()
     try:
         if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
             COMMANDS[sys.argv[1]](sys.argv[2:])

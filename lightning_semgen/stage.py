@@ -196,7 +196,8 @@ class Stage(LightningModule):
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - decay)
 
     def configure_optimizers(self) -> dict:
-        steps = self.trainer.max_steps
+        if (steps := self.trainer.max_steps) <= 0:
+            raise UserError("How long? Set trainer.max_steps: the learning rate falls to 0 there.")
         generator = [p for p in self.generator.parameters() if p.requires_grad]
         names = {id(p) for p in generator}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in names]
