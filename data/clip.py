@@ -28,7 +28,7 @@ class Clip:
 
     @property
     def semantic_indices(self) -> list[int]:
-        """The frames nearest to 0, 1/semantic_fps, 2/semantic_fps, … s; an encoder drops what fills no whole tubelet."""
+        """The frames nearest to 0, 1/semantic_fps, 2/semantic_fps, … s; encoders drop what fills no whole tubelet."""
         steps = int(self.duration * self.semantic_fps + 1e-6) + 2
         nearest = [int(step * self.fps / self.semantic_fps + 0.5) for step in range(steps)]
         return [index for index in nearest if index < self.num_frames]

@@ -26,12 +26,13 @@ def decode_clip(video: bytes, clip: Clip, start: float = 0.0, semantic_only: boo
     """
     wanted = ((clip.semantic_times if semantic_only else clip.times) + start).tolist()
     frames: list[np.ndarray] = []
+    reformatter = av.video.reformatter.VideoReformatter()  # keeps its tables; a frame's own would make them anew
     try:
         for begin, end, frame in _displayed(video):
             while len(frames) < len(wanted) and wanted[len(frames)] < end - TOLERANCE:
                 if wanted[len(frames)] < begin - TOLERANCE:
                     raise Rejected("a gap in the timestamps")
-                frames.append(_scaled(frame, clip))
+                frames.append(_scaled(frame, clip, reformatter))
             if len(frames) == len(wanted):
                 return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
     except (av.FFmpegError, IndexError) as error:
@@ -62,11 +63,11 @@ def _timed_frames(video: bytes) -> Iterator[tuple[float, float, av.VideoFrame]]:
             yield float((frame.pts - first) * frame.time_base), float((frame.duration or 0) * frame.time_base), frame
 
 
-def _scaled(frame: av.VideoFrame, clip: Clip) -> np.ndarray:
+def _scaled(frame: av.VideoFrame, clip: Clip, reformatter: av.video.reformatter.VideoReformatter) -> np.ndarray:
     """(H, W, 3): scaled to cover, cropped in the middle."""
     scale = max(clip.height / frame.height, clip.width / frame.width)
     height = max(round(frame.height * scale), clip.height)
     width = max(round(frame.width * scale), clip.width)
-    rgb = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
+    rgb = reformatter.reformat(frame, width, height, "rgb24", interpolation="AREA").to_ndarray()
     top, left = (height - clip.height) // 2, (width - clip.width) // 2
     return rgb[top : top + clip.height, left : left + clip.width]

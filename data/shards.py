@@ -30,7 +30,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_shard(path: Path, samples: Iterable[dict]) -> None:
-    """Writes samples {"__key__": …, "mp4": bytes, "json": dict, …} and then the index; a killed write leaves neither."""
+    """Writes samples {"__key__": …, "mp4": bytes, "json": dict, …}, then the index; a killed write leaves neither."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with wds.TarWriter(str(partial), mtime=0) as writer:

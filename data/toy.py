@@ -11,7 +11,7 @@ from data.mp4 import write_mp4
 COLOURS = {"red": (222, 36, 40), "green": (32, 176, 64), "blue": (40, 76, 224), "yellow": (242, 212, 32)}
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}  # axis (x, y), sign
-SIZES = {"small": 6 / 48, "large": 9 / 48}  # radius / short side of the frame
+SIZES = {"small": 8 / 48, "large": 11 / 48}  # radius / short side of the frame
 SPLITS = ("train", "heldout")
 
 # All shapes have the area of a disc of radius 1: half the side of the square, inradius of the triangle.

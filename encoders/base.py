@@ -57,6 +57,6 @@ class FrozenEncoder(Frozen):
 
     @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:
-        """uint8 frames (B, T, 3, H, W) to float features (B, T', H', W', D); frames beyond whole tubelets are unused."""
+        """uint8 frames (B, T, 3, H, W) to features (B, T', H', W', D); frames beyond whole tubelets are unused."""
         whole = frames.shape[1] // self.tubelet * self.tubelet
         return self.features(self.preprocess(frames[:, :whole]))

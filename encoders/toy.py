@@ -1,4 +1,4 @@
-"""The embedded encoder: a tiny VideoMAE (transformers' own class), trained on the toy world by configs/toy/encoder.yaml."""
+"""The embedded encoder: a tiny VideoMAE, transformers' own class, trained by configs/toy/encoder.yaml."""
 
 from pathlib import Path
 

@@ -33,12 +33,12 @@ class FrozenVAE(Frozen):
         if (frames - 1) % self.time_stride or height % self.space_stride or width % self.space_stride:
             raise UserError(
                 f"The VAE cannot encode {frames} frames of {height}×{width}: it needs {self.time_stride}·k + 1 frames"
-                f" and sides that are multiples of {self.space_stride}; change data.num_frames, data.height or data.width."
+                f" and sides that are multiples of {self.space_stride}; change data.num_frames, height or width."
             )
         return 1 + (frames - 1) // self.time_stride, height // self.space_stride, width // self.space_stride
 
     def seconds(self, times: Tensor) -> Tensor:
-        """Frame times (T,) to latent times (T_z,): the first latent sees one frame, each next one `time_stride` more."""
+        """Frame times (T,) to latent times (T_z,): the first latent sees one frame, each next `time_stride` more."""
         return times[:: self.time_stride]
 
     @torch.no_grad()

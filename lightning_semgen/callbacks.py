@@ -63,7 +63,7 @@ class Throughput(Callback):
 
 
 class ShowVideos(Callback):
-    """At each validation, videos from the first prompts, playing above them in TensorBoard, once both runs are there."""
+    """At each validation, videos playing above their prompts in TensorBoard, once both runs are there."""
 
     def on_validation_batch_end(
         self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int, dataloader_idx: int = 0

@@ -266,8 +266,8 @@ class Stage(LightningModule):
         partner.move_frozen(self.device)
         if self.space is not None and not self.space.same_as(partner.space):
             raise UserError(
-                f"The compressor of {self.partner_run} is not the one that this run was trained with, so their semantics"
-                " do not fit: train this stage again on that run, or name the run it was trained with."
+                f"The compressor of {self.partner_run} is not the one that this run was trained with, so their"
+                " semantics do not fit: train this stage again on that run, or name the run it was trained with."
             )
         return partner
 

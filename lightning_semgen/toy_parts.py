@@ -87,8 +87,9 @@ class ToyVAETraining(ToyPart):
     def __init__(
         self,
         z_dim: int = 12,
-        channels: tuple[int, int, int] = (40, 64, 96),
-        colour_weight: float = 8.0,  # of a fully saturated pixel beside a grey one: sprites are few pixels
+        channels: tuple[int, int, int] = (32, 48, 80),
+        piece: int = 17,  # frames of a clip that one step sees, 4k + 1
+        colour_weight: float = 3.0,  # of a fully saturated pixel beside a grey one: sprites are few pixels
         kl_weight: float = 1e-3,  # on the mean over latents, as the error is the mean over pixels
         statistics_batches: int = 64,
         lr: float = 2e-3,
@@ -96,7 +97,7 @@ class ToyVAETraining(ToyPart):
     ) -> None:
         super().__init__(lr, weight_decay)
         self.vae = ToyVideoVAE(z_dim, channels)
-        self.colour_weight, self.kl_weight, self.statistics_batches = colour_weight, kl_weight, statistics_batches
+        self.piece, self.colour_weight, self.kl_weight, self.statistics_batches = piece, colour_weight, kl_weight, statistics_batches
 
     def pixels(self, batch: dict) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1]."""
@@ -104,6 +105,8 @@ class ToyVAETraining(ToyPart):
 
     def training_step(self, batch: dict, _: int) -> Tensor:
         frames = self.pixels(batch)
+        start = int(torch.randint(frames.shape[2] - self.piece + 1, ()))
+        frames = frames[:, :, start : start + self.piece]
         latents = self.vae.encode(frames).latent_dist
         saturation = (frames.amax(1, keepdim=True) - frames.amin(1, keepdim=True)) / 2
         squares = (self.vae.decode(latents.sample()).sample - frames).square()
@@ -169,7 +172,7 @@ class ToyEncoderTraining(ToyPart):
             decoder_intermediate_size=2 * width,
             use_mean_pooling=False,
             norm_pix_loss=False,
-            initializer_range=0.04,
+            initializer_range=0.05,
         )
         self.autoencoder = VideoMAEForPreTraining(config)
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in ATTRIBUTES.items()})

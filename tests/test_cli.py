@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import CONFIGS
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import CONFIGS
 from lightning_semgen.runs import load_checkpoint, load_stage
 
 FIT = ("--trainer.max_steps=2", "--model.compressor_steps=1")

@@ -9,8 +9,8 @@ import av
 import numpy as np
 import pytest
 import torch
-
 from conftest import CLIP
+
 from data.clip import Clip
 from data.datamodule import VideoDataModule, render_toy_world
 from data.datasets import ClipDataset, FixedClips, Stream, collate, read_prompts
@@ -131,7 +131,13 @@ def test_bad_samples_are_left_out_of_encoded_shards_and_replaced_in_validation(d
     clips = ClipDataset(damaged, CLIP)
     with pytest.warns(UserWarning, match="train-000002 is left out.*does not decode"):
         encode_shards(
-            clips, tmp_path / "enc", {}, lambda batch: {"features": batch["position"]}, numbered, batch_size=3, workers=0
+            clips,
+            tmp_path / "enc",
+            {},
+            lambda batch: {"features": batch["position"]},
+            numbered,
+            batch_size=3,
+            workers=0,
         )
     assert len(Shards(str(tmp_path / "enc/*.tar"))) == 7
     assert [FixedClips(clips)[index]["sample"] for index in (1, 2, 3)] == [

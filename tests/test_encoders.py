@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
 from conftest import CLIP
-from data.toy import toy_clip
+
 from data.decode import decode_clip
+from data.toy import toy_clip
 from encoders import ENCODERS, build_encoder
 from encoders.text import build_text_encoder
 from encoders.vae import build_vae
