@@ -1,5 +1,6 @@
 """The data module: shards to batches, on any number of ranks and workers; its state is one integer."""
 
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,9 @@ from tqdm import tqdm
 
 from data.clip import Clip
 from data.datasets import ClipDataset, FixedClips, Prompts, Stream, captions, collate, read_prompts
-from data.encoded import check_fingerprint, encode_shards
+from data.encoded import check_fingerprint, encode_shards, encoded_paths
 from data.order import PositionBatches
-from data.shards import Shards, expand, index_path, write_shard
+from data.shards import Shards, index_path, write_shard
 from data.toy import toy_clip
 from lightning_semgen.errors import UserError
 
@@ -91,16 +92,13 @@ class VideoDataModule(LightningDataModule):
                 self.num_workers,
             )
 
-    def setup(self, stage: str) -> None:
-        if stage == "fit" and self.encoded is not None:
-            for split in self.shards:
-                check_fingerprint(self.encoded / split, self.trainer.lightning_module.fingerprint())
-
     def _clips(self, split: str, encoded: bool) -> ClipDataset:
-        patterns = self.shards[split]
+        shards = Shards(self.shards[split])
         if encoded:
-            patterns = [str(self.encoded / split / path.name) for path in expand(patterns)]
-        shards = Shards(patterns)
+            shards = Shards([str(path) for path in encoded_paths(shards, self.encoded / split)])
+        for folder in {path.parent for path in shards.paths}:
+            if (folder / "fingerprint.json").exists():  # encoded shards, whoever named them
+                check_fingerprint(folder, self.trainer.lightning_module.fingerprint())
         if shards.uncaptioned:
             rank_zero_info(
                 f"{split}: {shards.uncaptioned} samples without a caption are skipped, {len(shards)} are used."
@@ -110,17 +108,17 @@ class VideoDataModule(LightningDataModule):
     # Loaders
 
     def train_dataloader(self) -> DataLoader:
-        return self.stream(self.delivered)
+        return self.stream(lambda: self.delivered)
 
-    def stream(self, start: int) -> DataLoader:
-        """The endless training stream from a position on."""
+    def stream(self, start: Callable[[], int]) -> DataLoader:
+        """The endless training stream from the position that `start` gives."""
         clips = Stream(self._clips("train", self.encoded is not None), self.seed)
         batches = PositionBatches(start, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
         return self._loader(clips, batch_sampler=batches, persistent_workers=self.num_workers > 0)
 
     def val_dataloader(self) -> DataLoader:
         clips = FixedClips(self._clips("val", self.encoded is not None))
-        return self._loader(clips, batch_size=self.batch_size, sampler=self._share(clips))
+        return self._loader(clips, batch_size=self.batch_size, sampler=self._even_share(clips))
 
     def test_dataloader(self) -> DataLoader:
         prompts = Prompts(captions(Shards(self.shards["val"])), self.seed, self.samples_per_prompt)
@@ -137,10 +135,14 @@ class VideoDataModule(LightningDataModule):
     def _loader(self, dataset: Dataset, **options) -> DataLoader:
         return DataLoader(dataset, collate_fn=collate, num_workers=self.num_workers, **options)
 
-    def _share(self, dataset: Dataset) -> range:
-        """This rank's samples of a finite set; what does not divide by the ranks is left out, so that none waits."""
+    def _even_share(self, dataset: Dataset) -> range:
+        """Without what does not divide by the ranks: they meet at every validation batch, and none must wait."""
         world = self.trainer.world_size
         return range(self.trainer.global_rank, len(dataset) // world * world, world)
+
+    def _share(self, dataset: Dataset) -> range:
+        """This rank's samples of a finite set."""
+        return range(self.trainer.global_rank, len(dataset), self.trainer.world_size)
 
     # State: how many samples have been delivered, on all ranks together
 

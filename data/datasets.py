@@ -112,14 +112,15 @@ def caption_of(members: dict) -> dict:
 
 def captions(shards: Shards) -> list[dict]:
     """The JSON of every sample."""
-    return [caption_of(shards.read(index))["info"] for index in range(len(shards))]
+    return [caption_of(shards.read(index, only=("json",)))["info"] for index in range(len(shards))]
 
 
 def read_prompts(path: str) -> list[dict]:
     """A text file with one prompt a line; UserError where there is none."""
     if not Path(path).is_file():
         raise UserError(f"There is no prompt file {path}: data.prompts takes a text file with one prompt a line.")
-    prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    lines = Path(path).read_text("utf-8-sig").split("\n")
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"The prompt file {path} is empty: write one prompt a line.")
     return [{"caption": prompt} for prompt in prompts]

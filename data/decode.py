@@ -37,7 +37,7 @@ def decode_clip(video: bytes, clip: Clip, start: float = 0.0, semantic_only: boo
                 return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
     except (av.FFmpegError, IndexError) as error:
         raise Rejected(f"does not decode: {type(error).__name__}") from error
-    raise Rejected(f"shorter than {start + clip.duration:.2f} s")
+    raise Rejected(f"shorter than {clip.num_frames} frames at {clip.fps:g} fps")
 
 
 def _displayed(video: bytes) -> Iterator[tuple[float, float, av.VideoFrame]]:

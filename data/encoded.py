@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from data.decode import Rejected
-from data.shards import index_path, write_atomically, write_shard
+from data.shards import Shards, index_path, write_atomically, write_shard
 from lightning_semgen.errors import UserError
 
 PARTS = ("features", "latents")
@@ -23,8 +23,9 @@ Encode = Callable[[dict], dict[str, Tensor]]
 
 def to_bytes(tensor: Tensor) -> bytes:
     """float16 .npy: half the bytes, and a rounding far below the noise that training adds."""
-    buffer = io.BytesIO()
-    np.save(buffer, tensor.half().cpu().numpy())
+    half, buffer = tensor.half().cpu(), io.BytesIO()
+    assert half.isfinite().all(), "features or latents do not fit float16"
+    np.save(buffer, half.numpy())
     return buffer.getvalue()
 
 
@@ -57,7 +58,8 @@ def encode_shards(
     else:
         write_atomically(folder / "fingerprint.json", json.dumps(fingerprint, indent=1))
     shards = clips.shards
-    missing = [number for number, path in enumerate(shards.paths) if not index_path(folder / path.name).exists()]
+    targets = encoded_paths(shards, folder)
+    missing = [number for number, path in enumerate(targets) if not index_path(path).exists()]
     todo = {number: [i for i, row in enumerate(shards.samples) if row[0] == number] for number in missing}
     total = sum(map(len, todo.values()))
     with tqdm(total=total, desc=f"encoding into {folder}", unit="clip", disable=not todo) as progress:
@@ -65,7 +67,12 @@ def encode_shards(
             loader = DataLoader(
                 Subset(Sifted(clips), indices), batch_size, num_workers=workers, collate_fn=partial(_sift, collate)
             )
-            write_shard(folder / shards.paths[number].name, _samples(loader, encode, progress))
+            write_shard(targets[number], _samples(loader, encode, progress))
+
+
+def encoded_paths(shards: Shards, folder: Path) -> list[Path]:
+    """Where the encoded shards of video shards are: named after what those hold, so that changed ones are new ones."""
+    return [folder / f"{path.stem}-{digest}.tar" for path, digest in zip(shards.paths, shards.digests, strict=True)]
 
 
 class Sifted(Dataset):

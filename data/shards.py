@@ -1,6 +1,7 @@
 """WebDataset tar shards with an index beside each: written at once or not at all, read at any place.
 
-`NAME.tar.index.json` holds, for every sample, its key, whether it has a caption, and where its members lie.
+`NAME.tar.index.json` holds, for every sample, its key, whether it has a caption, and where its members lie; and the
+size and time of the shard it is of.
 """
 
 import glob
@@ -8,8 +9,10 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable
-from functools import cached_property
+from contextlib import suppress
+from hashlib import blake2b
 from pathlib import Path
+from uuid import uuid4
 
 import braceexpand
 import webdataset as wds
@@ -23,8 +26,13 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".index.json")
 
 
+def _partial(path: Path) -> Path:
+    """A name beside `path` that no other process writes to."""
+    return path.with_name(f"{path.name}.{uuid4().hex}.partial")
+
+
 def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     partial.write_text(text)
     partial.replace(path)
 
@@ -32,29 +40,47 @@ def write_atomically(path: Path, text: str) -> None:
 def write_shard(path: Path, samples: Iterable[dict]) -> None:
     """Writes samples {"__key__": …, "mp4": bytes, "json": dict, …}, then the index; a killed write leaves neither."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     with wds.TarWriter(str(partial), mtime=0) as writer:
         for sample in samples:
             writer.write(sample)
     partial.replace(path)
-    write_index(path)
+    read_index(path)
 
 
-def write_index(path: Path) -> None:
-    """Goes once through a shard; where two members make a sample is decided by the key before the first dot."""
+def read_index(path: Path) -> list[dict]:
+    """One row for each sample of a shard; made anew, and kept beside it if possible, where the shard has changed."""
+    stat = path.stat()
+    identity = [stat.st_size, stat.st_mtime_ns]
+    if index_path(path).exists():
+        index = json.loads(index_path(path).read_text())
+        if index["shard"] == identity:
+            return index["samples"]
+    index = {"shard": identity, "samples": _scan(path)}
+    with suppress(OSError):  # the folder may be read-only
+        write_atomically(index_path(path), json.dumps(index, separators=(",", ":")))
+    return index["samples"]
+
+
+def _scan(path: Path) -> list[dict]:
+    """Goes once through a shard; members whose names agree up to the first dot make a sample."""
     samples: dict[str, dict] = {}
     with tarfile.open(path) as tar:
-        for member in tar:
-            if not member.isfile():
-                continue
+        for member in filter(tarfile.TarInfo.isfile, tar):
             folder, _, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             sample = samples.setdefault(f"{folder}/{stem}".lstrip("/"), {"caption": False, "members": {}})
             sample["members"][extension] = [member.offset_data, member.size]
             if extension == "json":
-                sample["caption"] = bool(json.load(tar.extractfile(member)).get("caption"))
-    rows = [{"key": key, **sample} for key, sample in samples.items()]
-    write_atomically(index_path(path), json.dumps({"samples": rows}, separators=(",", ":")))
+                sample["caption"] = _has_caption(tar.extractfile(member).read())
+    return [{"key": key, **sample} for key, sample in samples.items()]
+
+
+def _has_caption(text: bytes) -> bool:
+    with suppress(ValueError):
+        info = json.loads(text)
+        return isinstance(info, dict) and isinstance(info.get("caption"), str) and bool(info["caption"].strip())
+    return False
 
 
 def expand(patterns: str | list[str]) -> list[Path]:
@@ -71,7 +97,7 @@ def expand(patterns: str | list[str]) -> list[Path]:
 
 
 class Shards:
-    """The samples of several shards as one list, each read with two system calls; safe to send to workers.
+    """The samples of several shards as one list, each readable at any time; safe to send to workers.
 
     Only captioned samples are in it; `uncaptioned` counts the others.
     """
@@ -80,12 +106,12 @@ class Shards:
         self.paths = expand(patterns)
         self.samples: list[tuple[int, str, dict]] = []
         self.uncaptioned = 0
+        self.digests: list[str] = []  # of what each shard holds, whatever it is called
         for number, path in enumerate(self.paths):
-            for row in self._index(path):
-                if row["caption"]:
-                    self.samples.append((number, row["key"], row["members"]))
-                else:
-                    self.uncaptioned += 1
+            rows = self._rows(path)
+            self.digests.append(blake2b(json.dumps(rows).encode(), digest_size=4).hexdigest())
+            self.samples += [(number, row["key"], row["members"]) for row in rows if row["caption"]]
+            self.uncaptioned += sum(not row["caption"] for row in rows)
         if not self.samples:
             raise UserError(
                 f"None of the {self.uncaptioned} samples in {self.paths[0].parent} has a caption: each needs a"
@@ -95,29 +121,20 @@ class Shards:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_files"}
-
-    def read(self, index: int) -> dict[str, bytes | str]:
-        """The members of a sample by extension, and its `__key__`."""
+    def read(self, index: int, only: tuple[str, ...] | None = None) -> dict[str, bytes | str]:
+        """The members of a sample by extension, all or `only` some, and its `__key__`."""
         shard, key, members = self.samples[index]
-        file = self._files.setdefault(shard, None) or self._open(shard)
-        contents = {name: os.pread(file, size, offset) for name, (offset, size) in members.items()}
-        return {"__key__": key, **contents}
-
-    @cached_property
-    def _files(self) -> dict[int, int]:
-        return {}
-
-    def _open(self, shard: int) -> int:
-        self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        return self._files[shard]
+        contents: dict[str, bytes | str] = {"__key__": key}
+        with open(self.paths[shard], "rb") as file:
+            for name, (offset, size) in members.items():
+                if only is None or name in only:
+                    file.seek(offset)
+                    contents[name] = file.read(size)
+        return contents
 
     @staticmethod
-    def _index(path: Path) -> list[dict]:
+    def _rows(path: Path) -> list[dict]:
         try:
-            if not index_path(path).exists():
-                write_index(path)
-            return json.loads(index_path(path).read_text())["samples"]
-        except (tarfile.TarError, ValueError) as error:
+            return read_index(path)
+        except (tarfile.TarError, ValueError, KeyError, OSError) as error:
             raise UserError(f"The shard {path} cannot be read ({error}): write it again or leave it out.") from error

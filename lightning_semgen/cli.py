@@ -52,6 +52,8 @@ class SemGenCLI(LightningCLI):
         if self.subcommand:
             config.ckpt_path = self._checkpoint(run, config.ckpt_path)
             config.weights_only = True  # nothing pickled is executed
+        if self.subcommand == "predict":
+            config.return_predictions = False  # they are files, and would fill the memory
 
     def _run_folder(self, config: Namespace) -> Path:
         files = config.get("config") or []
@@ -61,14 +63,21 @@ class SemGenCLI(LightningCLI):
 
     def _checkpoint(self, run: Path, ckpt_path: str | None) -> str | None:
         """The checkpoint to start from; UserError where it is missing or a fit would overwrite a run."""
-        if self.subcommand == "fit" and ckpt_path is None:
-            if (run / LAST).exists():
-                raise UserError(
-                    f"{run} already holds a trained run: continue it with --ckpt_path last, train elsewhere with"
-                    " --trainer.default_root_dir FOLDER, or delete it."
-                )
-            return None
-        return str(last_checkpoint(run)) if ckpt_path in (None, "last") else ckpt_path
+        last = run / LAST
+        if ckpt_path not in (None, "last"):
+            path = last_checkpoint(ckpt_path) if Path(ckpt_path).is_dir() else Path(ckpt_path)
+            if not path.is_file():
+                raise UserError(f"There is no checkpoint {ckpt_path}: --ckpt_path takes last, a run folder or a file.")
+        elif self.subcommand == "fit" and ckpt_path is None:
+            path = None
+        else:
+            path = last_checkpoint(run)
+        if self.subcommand == "fit" and last.exists() and (path is None or not path.samefile(last)):
+            raise UserError(
+                f"{run} already holds a trained run: continue it with --ckpt_path last, train elsewhere with"
+                " --trainer.default_root_dir FOLDER, or delete it."
+            )
+        return None if path is None else str(path)
 
     def instantiate_trainer(self, **kwargs):
         config = self._get(self.config_init, "trainer")
@@ -79,9 +88,10 @@ class SemGenCLI(LightningCLI):
         config.callbacks = [*(config.callbacks or []), *callbacks]
         if config.logger is None:
             resumed = self._get(self.config, "ckpt_path") if self.subcommand == "fit" else None
-            step = torch.load(resumed, map_location="meta", weights_only=True)["global_step"] if resumed else None
-            folder = run if self.subcommand == "fit" else run / self.subcommand
-            kwargs["logger"] = TensorBoardLogger(folder, name="", version="", purge_step=step and step + 1)
+            # Points past the checkpoint are dropped; its own validation has the number of its step.
+            step = torch.load(resumed, map_location="meta", weights_only=True)["global_step"] + 1 if resumed else 0
+            folder = run if self.subcommand in (None, "fit") else run / self.subcommand
+            kwargs["logger"] = TensorBoardLogger(folder, name="", version="", purge_step=step)
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
@@ -126,10 +136,10 @@ COMMANDS = {"encode": encode}
 
 
 def user_error(error: BaseException | None) -> UserError | None:
-    """The user's mistake behind an error; jsonargparse wraps what a constructor raises."""
+    """The user's mistake behind an error: jsonargparse wraps what a constructor raises, a loader what a worker does."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__
-    return error
+    return error and UserError(str(error).strip().rsplit("UserError: ", 1)[-1])
 
 
 def hush() -> None:

@@ -49,8 +49,9 @@ class Adherence(Metric):
             self.count += 1
 
     def compute(self) -> dict[str, float]:
-        """For each attribute the share, and the lower end of its 95 % Wilson interval."""
-        n = self.count.item()
+        """For each attribute the share, and the lower end of its 95 % Wilson interval; nothing without videos."""
+        if (n := self.count.item()) == 0:
+            return {}
         shares = {name: right.item() / n for name, right in zip(self.attributes, self.right, strict=True)}
         return shares | {f"{name} (95 % lower bound)": wilson_lower(share, n) for name, share in shares.items()}
 

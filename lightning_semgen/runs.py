@@ -61,7 +61,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_end(self, trainer: Trainer, pl_module: "Stage") -> None:
-        if self._last_global_step_saved != trainer.global_step:
+        if not trainer.fast_dev_run and self._last_global_step_saved != trainer.global_step:
             trainer.save_checkpoint(Path(self.dirpath) / LAST.name, weights_only=False)
 
 

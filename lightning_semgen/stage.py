@@ -179,7 +179,7 @@ class Stage(LightningModule):
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         if self.learns_compressor and self.global_step == self.compressor_steps and not self._measured:
             data = self.trainer.datamodule
-            batches = (move_data_to_device(b, self.device) for b in data.stream(data.delivered))
+            batches = (move_data_to_device(b, self.device) for b in data.stream(lambda: data.delivered))
             self.space.measure(batches, data.batch_size * self.trainer.world_size)
             self._measured = True
 
@@ -285,8 +285,7 @@ class Stage(LightningModule):
         return videos
 
     def on_test_epoch_end(self) -> None:
-        if self.adherence.count:
-            self.log_dict({f"test/{name}": value for name, value in self.adherence.compute().items()})
+        self.log_dict({f"test/{name}": value for name, value in self.adherence.compute().items()})
 
 
 def learning_rate_factor(step: int, warmup: int, end: int) -> float:

@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 from conftest import CLIP
 
 from data.clip import Clip
@@ -52,8 +53,8 @@ def test_order_is_a_permutation_of_each_epoch_and_a_pure_function():
 
 
 def test_two_ranks_see_what_one_sees():
-    one = iter(PositionBatches(start=10, batch_size=6, rank=0, world_size=1))
-    two = [iter(PositionBatches(start=10, batch_size=3, rank=rank, world_size=2)) for rank in range(2)]
+    one = iter(PositionBatches(start=lambda: 10, batch_size=6, rank=0, world_size=1))
+    two = [iter(PositionBatches(start=lambda: 10, batch_size=3, rank=rank, world_size=2)) for rank in range(2)]
     for _ in range(4):
         assert next(one) == next(two[0]) + next(two[1])
 
@@ -88,7 +89,7 @@ def test_a_start_shifts_the_clip():
 
 
 def test_what_cannot_be_used_is_rejected_with_its_cause():
-    with pytest.raises(Rejected, match="shorter than 0.17 s"):
+    with pytest.raises(Rejected, match="shorter than 5 frames at 24 fps"):
         decode_clip(numbered_video([0, 1 / 24]), SMALL)
     with pytest.raises(Rejected, match="does not decode"):
         decode_clip(b"no video at all", SMALL)
@@ -157,12 +158,25 @@ def test_all_bad_is_an_error(tmp_path):
         Stream(ClipDataset(Shards(str(tmp_path / "bad.tar")), CLIP), seed=0)[0]
 
 
-def test_foreign_shards_are_indexed_once(damaged):
+def test_foreign_shards_are_indexed_once_and_anew_when_they_change(damaged):
     path = damaged.paths[0]
     index = index_path(path).read_text()
     index_path(path).unlink()
     assert Shards(str(path)).samples == damaged.samples
     assert index_path(path).read_text() == index
+    index_path(path).write_text(index.replace("train-000003", "train-000033"))
+    assert Shards(str(path)).samples[3][1] == "train-000033"  # read, not made again
+    with wds.TarWriter(str(path)) as tar:
+        tar.write({"__key__": "other", "mp4": b"x", "json": {"caption": "another"}})
+    assert [row[1] for row in Shards(str(path)).samples] == ["other"]
+
+
+def test_broken_and_odd_captions_are_not_captions(tmp_path):
+    texts = [b"{no json", b"[1]", b'{"caption": ["a"]}', b'{"caption": " "}', b'{"caption": "good"}']
+    rows = [{"__key__": f"k{n}", "mp4": b"x", "json": text} for n, text in enumerate(texts)]
+    write_shard(tmp_path / "odd.tar", rows)
+    shards = Shards(str(tmp_path / "odd.tar"))
+    assert [row[1] for row in shards.samples] == ["k4"] and shards.uncaptioned == 4
 
 
 def test_shards_that_are_missing_or_broken_are_named(tmp_path):
