@@ -22,7 +22,7 @@ class ClipDataset(Dataset):
 
     A sample holds `frames` uint8 (T, 3, H, W) and `semantic_frames` (T_s, 3, H, W) or, from encoded shards, `features`
     (T', H', W', D) and `latents` (C, T_z, H_z, W_z); and `caption`, `info` (its JSON), `sample` (its key). Without
-    `needs_video` there are no `frames`, which saves most of the decoding.
+    `needs_video` there are no `frames`, which saves converting and sending them.
     """
 
     def __init__(self, shards: Shards, clip: Clip, needs_video: bool = True):

@@ -1,5 +1,7 @@
 """Text encoders: a small one learnt with the generator from bytes, or any frozen one of transformers."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,9 @@ class ByteTextEncoder(nn.Module):
         self.mix = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
 
     def prepare(self, captions: list[str], device: torch.device) -> Tensor:
-        """Byte values (B, 96), padded with 256; what is longer is cut."""
+        """Byte values (B, 96), padded with 256; what is longer is cut, with a warning."""
+        if any(len(caption.encode()) > self.max_bytes for caption in captions):
+            warnings.warn(f"Captions of more than {self.max_bytes} bytes are cut by text_encoder bytes.", stacklevel=2)
         rows = [list(c.encode()[: self.max_bytes]) for c in captions]
         return torch.tensor([row + [256] * (self.max_bytes - len(row)) for row in rows], device=device)
 

@@ -1,15 +1,13 @@
 """The embedded encoder: a tiny VideoMAE, transformers' own class, trained by configs/toy/encoder.yaml."""
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import VideoMAEModel
 
 from encoders.base import FrozenEncoder
+from lightning_semgen.errors import UserError
 
-WEIGHTS = Path(__file__).parent / "weights"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -27,7 +25,10 @@ class ToyEncoder(FrozenEncoder):
 
     def __init__(self, weights: str, cells: int = 3):
         super().__init__()
-        self.model = VideoMAEModel.from_pretrained(WEIGHTS / weights, dtype=torch.float32)
+        try:
+            self.model = VideoMAEModel.from_pretrained(weights, dtype=torch.float32)
+        except OSError as error:
+            raise UserError(f"There are no VideoMAE weights (config.json, model.safetensors) in {weights}.") from error
         config = self.model.config
         self.dim, self.tubelet = config.hidden_size, config.tubelet_size
         self.window, self.side = config.num_frames, config.image_size

@@ -1,16 +1,17 @@
 """Frozen video VAEs behind one interface, diffusers' own, and the VAE as a semantic encoder (the paper's baseline)."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from encoders.base import Frozen, FrozenEncoder
-from encoders.toy import WEIGHTS
 from encoders.toy_vae import ToyVideoVAE
 from lightning_semgen.errors import UserError
 
-VAES = {"toy": (ToyVideoVAE, WEIGHTS / "toy_vae")}
+VAES = {"toy": (ToyVideoVAE, Path(__file__).parent / "weights/toy_vae")}
 
 
 class FrozenVAE(Frozen):
@@ -67,12 +68,15 @@ class VAEEncoder(FrozenEncoder):
 
     stream = "video"
 
-    def __init__(self, weights: None = None, vae: str = "toy", semantic_grid: tuple[int, int, int] = (2, 3, 3)):
+    def __init__(self, weights: str | None = None, vae: str = "toy", semantic_grid: tuple[int, int, int] = (2, 3, 3)):
         super().__init__()
+        if weights is not None:
+            raise UserError("The encoder vae takes no weights: name a VAE as encoder_options.vae.")
         self.vae, self.semantic_grid = build_vae(vae), tuple(semantic_grid)
         self.dim, self.tubelet = self.vae.channels, 1
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        self.vae.grid(frames, height, width)
         return self.semantic_grid
 
     def seconds(self, times: Tensor) -> Tensor:

@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import save_file
 from torch import Tensor
 
 from data.mp4 import write_mp4
+from lightning_semgen.errors import UserError
 from lightning_semgen.pictures import add_animation, animated_grid, contact_sheet, file_name
-from lightning_semgen.stage import Stage
+from lightning_semgen.stage import Stage, reports
 
 SHOWN = 8  # videos of a validation, rows of a contact sheet ×2
 
@@ -50,7 +52,7 @@ class Throughput(Callback):
     def on_train_batch_end(self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int) -> None:
         self.clips += len(batch["caption"]) * trainer.world_size
         self.last = now = time.perf_counter()
-        if trainer.global_step % trainer.log_every_n_steps == 0 and now > self.since:
+        if reports(trainer, batch_idx):
             elapsed = now - self.since
             values = {"speed/clips_per_second": self.clips / elapsed, "speed/data_wait_share": self.waited / elapsed}
             values |= {f"rejected/{cause}": float(count) for cause, count in self.rejected.items()}
@@ -68,13 +70,20 @@ class ShowVideos(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx or trainer.sanity_checking or trainer.logger is None or not isinstance(stage, Stage):
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if batch_idx or not loggers or not trainer.is_global_zero or not isinstance(stage, Stage):
             return
-        if trainer.is_global_zero and stage.can_make_videos():
-            prompts = batch["caption"][:SHOWN]
+        if not stage.can_make_videos():
+            return
+        prompts = batch["caption"][:SHOWN]
+        try:
             videos = stage.videos(prompts, batch["key"][:SHOWN])
+        except UserError as error:
+            rank_zero_warn(f"No videos are shown: {error}")
+            return
+        for logger in loggers:
             gif = animated_grid(videos, prompts, stage.clip.fps)
-            add_animation(trainer.logger.experiment, "videos", gif, trainer.global_step)
+            add_animation(logger.experiment, "videos", gif, trainer.global_step)
 
 
 class WriteResults(BasePredictionWriter):
@@ -100,7 +109,7 @@ class WriteResults(BasePredictionWriter):
 
     def on_test_end(self, trainer: Trainer, stage: Stage) -> None:
         folder = Path(trainer.default_root_dir) / "test"
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self.shown:
             videos, prompts = zip(*self.shown, strict=True)
             sheet = folder / "contact_sheet.png"
             contact_sheet(torch.stack(videos), prompts).save(sheet)

@@ -91,7 +91,7 @@ class SemGenCLI(LightningCLI):
             # Points past the checkpoint are dropped; its own validation has the number of its step.
             step = torch.load(resumed, map_location="meta", weights_only=True)["global_step"] + 1 if resumed else 0
             folder = run if self.subcommand in (None, "fit") else run / self.subcommand
-            kwargs["logger"] = TensorBoardLogger(folder, name="", version="", purge_step=step)
+            kwargs["logger"] = TensorBoardLogger(folder.absolute(), name="", version="", purge_step=step)
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)

@@ -4,6 +4,7 @@ from math import ceil
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data.clip import Clip
 from encoders import build_encoder
@@ -31,16 +32,22 @@ class SemanticSpace(nn.Module):
     def __init__(self, clip: Clip, encoder: str, options: dict, dim: int | None, run: str | None):
         super().__init__()
         self._frozen = (build_encoder(encoder, **options),)  # a tuple hides it from the module tree
-        frames, times = (clip.num_frames, clip.times)
+        frames, times = clip.num_frames, clip.times
         if self.encoder.stream == "semantic":
             frames, times = len(clip.semantic_times), clip.semantic_times
         _, height, width = self.encoder.grid(frames, clip.height, clip.width)
         self.grid = Grid(tuple(self.encoder.seconds(times).tolist()), height, width)
+        if not self.grid.seconds:
+            raise UserError(
+                f"The clip is too short for the encoder {encoder}: {frames} frames at {clip.semantic_fps:g} fps fill no"
+                f" tubelet of {self.encoder.tubelet}; raise data.num_frames or data.semantic_fps."
+            )
         self.compressor = Compressor(self.encoder.dim, dim)
-        self.facts = {"encoder": encoder, "semantic_dim": dim, "grid": [height, width]}
+        self.source = {"encoder": encoder, "encoder_options": options, "encoder_weights": self.encoder.fingerprint()}
+        self.facts = self.source | {"semantic_dim": dim, "grid": [height, width]}
         self.run = run
         if run is not None:
-            self._load_compressor(run)
+            self.compressor.requires_grad_(False)
 
     @property
     def encoder(self) -> FrozenEncoder:
@@ -51,23 +58,35 @@ class SemanticSpace(nn.Module):
         """d, or D without compression."""
         return self.compressor.channels
 
-    def _load_compressor(self, run: str) -> None:
-        checkpoint = load_checkpoint(run)
+    def load_compressor(self) -> None:
+        """From `run`; UserError where that is of another kind or still being learnt."""
+        checkpoint = load_checkpoint(self.run)
+        found = checkpoint["semantics"]
         for name, value in self.facts.items():
-            if (found := checkpoint["semantics"].get(name)) != value:
+            if found.get(name) != value:
                 raise UserError(
-                    f"The compressor in {run} was trained with {name} {found}, this config says {value}:"
+                    f"The compressor in {self.run} was trained with {name} {found.get(name)}, this config says {value}:"
                     " change model.compressor or the config."
                 )
+        if not found["frozen"]:
+            raise UserError(
+                f"The compressor in {self.run} is still being learnt at step {checkpoint['global_step']}: let that fit"
+                " go on past its model.compressor_steps."
+            )
         prefix = "space.compressor."
         state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
         self.compressor.load_state_dict(state)
-        self.compressor.requires_grad_(False)
 
-    def same_as(self, other: "SemanticSpace") -> bool:
-        """Whether both give the same semantics: equal compressors and statistics."""
+    def check_same(self, other: "SemanticSpace", run: str) -> None:
+        """UserError unless both give the same semantics at the same times."""
+        if self.grid != other.grid:
+            raise UserError(f"The semantics of {run} are on the grid {other.grid}, those of this run on {self.grid}.")
         mine, theirs = self.state_dict(), other.state_dict()
-        return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k].to(mine[k])) for k in mine)
+        if mine.keys() != theirs.keys() or not all(torch.equal(mine[k], theirs[k].to(mine[k])) for k in mine):
+            raise UserError(
+                f"The compressor of {run} is not the one that this run was trained with, so their semantics do not"
+                " fit: train this stage again on that run, or name the run it was trained with."
+            )
 
     def features(self, batch: dict) -> Tensor:
         """(B, T', H', W', D), from the batch or by the encoder."""
@@ -87,6 +106,7 @@ class SemanticSpace(nn.Module):
     def measure(self, batches, batch_size: int) -> None:
         """Measures the statistics anew over `MEASURED_CLIPS` clips on all ranks together."""
         self.compressor.standardise.reset()
-        for _, batch in zip(range(ceil(MEASURED_CLIPS / batch_size)), batches, strict=False):
+        steps = tqdm(range(ceil(MEASURED_CLIPS / batch_size)), desc="measuring the semantics", leave=False)
+        for _, batch in zip(steps, batches, strict=False):
             self.compressor.standardise.observe(self.posterior(self.features(batch), batch["key"]).z)
         self.compressor.standardise.update()

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
@@ -45,11 +45,12 @@ class Stage(LightningModule):
         compressor: "learn", or the folder of the run that learnt it.
         semantic_dim: d, channels of the semantics; null: no compression.
         size: a row of `transformer.SIZES`.
-        text_encoder: "bytes" (small, learnt with the generator), or hub id or folder of an encoder of transformers.
+        text_encoder: "bytes" (small, learnt with the generator, reads 96 bytes), or hub id or folder of an encoder of
+            transformers.
         rotary_rate: rotary positions per second; null: the video's latents per second, fps / 4.
         lr: peak learning rate, reached after `warmup_steps`, then falling by a cosine to 0 at trainer.max_steps.
         warmup_steps: optimiser steps of linear warm-up.
-        weight_decay: AdamW's, on matrices only.
+        weight_decay: AdamW's, not on biases and norms.
         ema_decay: of the EMA twin, which validates and samples.
         compressor_steps: step by which a learnt compressor's learning rate has fallen to 0; there its statistics are
             measured anew and it is frozen.
@@ -89,7 +90,6 @@ class Stage(LightningModule):
         self.kl_weight, self.prompt_dropout = kl_weight, prompt_dropout
         self.guidance_scale, self.sampling_steps = guidance_scale, sampling_steps
         self.compressor_steps = compressor_steps if semantic_dim is not None else 0  # nothing to learn without d
-        self.encoder_facts = {"encoder": encoder, "encoder_options": encoder_options or {}}
         self.space = None
         if encoder != "none":
             run = None if compressor == "learn" else compressor
@@ -113,6 +113,8 @@ class Stage(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.move_frozen(self.device)
+        if stage == "fit" and self.space is not None and self.space.run and self.trainer.ckpt_path is None:
+            self.space.load_compressor()  # a checkpoint of this stage brings it along
 
     def move_frozen(self, device: torch.device) -> None:
         for part in self.frozen:
@@ -127,8 +129,7 @@ class Stage(LightningModule):
 
     def fingerprint(self) -> dict:
         """What encoded shards must have been made with to fit this stage."""
-        weights = {} if self.space is None else {"encoder_weights": self.space.encoder.fingerprint()}
-        return self.encoder_facts | weights | {"clip": vars(self.clip)}
+        return ({} if self.space is None else self.space.source) | {"clip": vars(self.clip)}
 
     def encode(self, batch: dict) -> dict[str, Tensor]:
         """What the frozen parts say of a batch of frames: {"features": (B, T', H', W', D)}."""
@@ -198,6 +199,11 @@ class Stage(LightningModule):
     def configure_optimizers(self) -> dict:
         if (steps := self.trainer.max_steps) <= 0:
             raise UserError("How long? Set trainer.max_steps: the learning rate falls to 0 there.")
+        if self.learns_compressor and steps <= self.compressor_steps:
+            raise UserError(
+                f"trainer.max_steps {steps} ends before the compressor is frozen: model.compressor_steps,"
+                f" {self.compressor_steps}, must be less."
+            )
         generator = [p for p in self.generator.parameters() if p.requires_grad]
         names = {id(p) for p in generator}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in names]
@@ -219,7 +225,7 @@ class Stage(LightningModule):
         self.log_train(learning_rate=rates[0])
         if len(rates) == 3:
             self.log_train(compressor_learning_rate=rates[2])
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        if reports(self.trainer, batch_idx):
             self.log_train(**{f"flow_loss {band}": value for band, value in self.bands.compute().items()})
             self.bands.reset()
 
@@ -230,7 +236,8 @@ class Stage(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["semantics"] = {"encoder": "none"} if self.space is None else self.space.facts
+        frozen = not self.learns_compressor or self.global_step > self.compressor_steps
+        checkpoint["semantics"] = {"encoder": "none"} if self.space is None else self.space.facts | {"frozen": frozen}
 
     # Sampling
 
@@ -264,11 +271,7 @@ class Stage(LightningModule):
             )
         partner = load_stage(self.partner_run).to(self.device)
         partner.move_frozen(self.device)
-        if self.space is not None and not self.space.same_as(partner.space):
-            raise UserError(
-                f"The compressor of {self.partner_run} is not the one that this run was trained with, so their"
-                " semantics do not fit: train this stage again on that run, or name the run it was trained with."
-            )
+        self.space.check_same(partner.space, self.partner_run)
         return partner
 
     def can_make_videos(self) -> bool:
@@ -288,8 +291,14 @@ class Stage(LightningModule):
         self.log_dict({f"test/{name}": value for name, value in self.adherence.compute().items()})
 
 
+def reports(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether Lightning writes to its loggers at this batch."""
+    ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    return ends_step and trainer.global_step % trainer.log_every_n_steps == 0
+
+
 def learning_rate_factor(step: int, warmup: int, end: int) -> float:
     """Linear warm-up, then a cosine that is 0 at `end` and stays there."""
     if step >= end:
         return 0.0
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / end))
+    return min(1.0, (step + 1) / max(warmup, 1)) * 0.5 * (1 + math.cos(math.pi * step / end))

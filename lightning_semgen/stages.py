@@ -154,7 +154,7 @@ class LatentStage(Stage):
         own = self.inference_semantics(self.space(batch), batch["key"]) if self.space is not None else None
         losses = self.flow_loss(self.ema, latents, batch, t, batch["caption"], own)
         self.log("val/flow_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
-        if own is not None:
+        if own is not None and len(own.z) > 1:  # a clip alone has no other's semantics
             other = Semantics(own.z.roll(1, dims=0), own.tau, own.grid)
             gap = self.flow_loss(self.ema, latents, batch, t, batch["caption"], other) - losses
             self.log("val/semantic_gap", gap.mean(), batch_size=len(losses), sync_dist=True)

@@ -97,7 +97,8 @@ class ToyVAETraining(ToyPart):
     ) -> None:
         super().__init__(lr, weight_decay)
         self.vae = ToyVideoVAE(z_dim, channels)
-        self.piece, self.colour_weight, self.kl_weight, self.statistics_batches = piece, colour_weight, kl_weight, statistics_batches
+        self.piece, self.statistics_batches = piece, statistics_batches
+        self.colour_weight, self.kl_weight = colour_weight, kl_weight
 
     def pixels(self, batch: dict) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1]."""

@@ -18,6 +18,11 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 CLIP = Clip(49, 48, 48, 24.0, 1.6)
 
 
+@pytest.fixture(autouse=True)
+def few_clips_are_measured(monkeypatch):
+    monkeypatch.setattr("lightning_semgen.semantics.MEASURED_CLIPS", 16)
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
     """A folder with shards/toy/{train,heldout}-*.tar, few clips, as the configs expect it in the current folder."""

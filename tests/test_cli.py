@@ -1,18 +1,22 @@
 """The command as a user has it: every config runs, runs are folders, bad input is one sentence."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS
+from conftest import CONFIGS, SMALL
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_semgen.runs import load_checkpoint, load_stage
 
-FIT = ("--trainer.max_steps=2", "--model.compressor_steps=1")
+NEW = ("--trainer.default_root_dir=new",)
+FIT = ("--trainer.max_steps=2", "--model.compressor_steps=1", "--trainer.log_every_n_steps=1")
 
 
 @pytest.fixture
@@ -27,12 +31,18 @@ def trained(workspace, lightning):
 def test_every_config_runs_a_step(path, workspace, lightning):
     text = path.read_text()
     assert f"lightning fit -c configs/{path.relative_to(CONFIGS)}" in text
-    if run := yaml.safe_load(text)["model"].get("init_args", {}).get("compressor"):
+    run = yaml.safe_load(text)["model"].get("init_args", {}).get("compressor", "learn")
+    if run != "learn":
         first = next(CONFIGS.rglob(f"{Path(run).name}.yaml"))
-        lightning("fit", "-c", str(first), "--trainer.max_steps=1")
-    small = "toy/" not in str(path.relative_to(CONFIGS))
-    others = ["--data.toy_clips=0", "--data.batch_size=4", "--data.num_workers=0", "--trainer.limit_val_batches=1"]
-    lightning("fit", "-c", str(path), "--trainer.max_steps=1", *([] if small else others), small=small)
+        lightning("fit", "-c", str(first), *FIT)
+    if path.parent.name == "toy":
+        few = ["--data.batch_size=4", "--data.num_workers=0", "--trainer.limit_val_batches=1", "--data.toy_clips=0"]
+        shards = [
+            f"--data.{split}_shards=shards/toy/{name}-*.tar" for split, name in (("train", "train"), ("val", "heldout"))
+        ]
+        lightning("fit", "-c", str(path), "--trainer.max_steps=1", *few, *shards, small=False)
+    else:
+        lightning("fit", "-c", str(path), "--trainer.max_steps=1", "--model.compressor_steps=0")
     assert (workspace / "runs" / path.stem / "checkpoints/last.ckpt").is_file()
 
 
@@ -62,6 +72,57 @@ def test_test_leaves_numbers_and_pictures(trained, lightning):
     assert (folder / "contact_sheet.png").stat().st_size > 1000
 
 
+def test_a_fresh_process_gives_the_same_video(trained, lightning):
+    (trained / "p.txt").write_text("a small red circle moves left\n")
+    predict = ("predict", "-c", "runs/latent_dim8/config.yaml", "--data.prompts=p.txt", "--seed_everything=3")
+    lightning(*predict)
+    (video,) = (trained / "runs/latent_dim8/predict").glob("*-seed3.mp4")
+    before = video.read_bytes()
+    video.unlink()
+    environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "lightning_semgen", *predict, *SMALL], env=environment, check=True)
+    assert video.read_bytes() == before
+
+
+def test_encode_then_fit_reads_what_was_encoded(workspace, lightning):
+    lightning("encode", "-c", f"{CONFIGS}/paper_recipe/paper_latent_dim8.yaml")
+    shards = sorted((workspace / "shards/toy/latents").rglob("*.tar"))
+    written = [path.stat().st_mtime_ns for path in shards]
+    assert len(shards) == 2
+    lightning("fit", "-c", f"{CONFIGS}/paper_recipe/paper_latent_dim8.yaml", *FIT)
+    assert [path.stat().st_mtime_ns for path in sorted((workspace / "shards/toy/latents").rglob("*.tar"))] == written
+    # Encoded shards are shards: a config may name them itself.
+    names = ["--data.train_shards=shards/toy/latents/train/*.tar", "--data.val_shards=shards/toy/latents/val/*.tar"]
+    lightning(
+        "fit", "-c", f"{CONFIGS}/paper_recipe/paper_latent_dim8.yaml", *FIT, *names, "--data.encoded=null",
+        "--trainer.default_root_dir=direct",
+    )  # fmt: skip
+    one, two = (load_checkpoint(run)["state_dict"] for run in ("runs/paper_latent_dim8", "direct"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("options", [["--model.encoder=none"], ["--model.encoder=vae", "--model.compressor=learn"]])
+def test_the_papers_baselines_run_online(workspace, lightning, options):
+    fit = (
+        "fit",
+        "-c",
+        f"{CONFIGS}/latent_dim8.yaml",
+        *FIT,
+        "--data.encoded=null",
+        "--trainer.accumulate_grad_batches=2",
+    )
+    lightning(*fit, *options, "--trainer.limit_train_batches=2")
+
+
+def test_a_latent_run_outlives_the_folder_it_learnt_from(trained, lightning):
+    (trained / "runs/dim8").rename(trained / "moved")
+    (trained / "runs/latent_dim8").rename(trained / "moved_too")
+    (trained / "p.txt").write_text("a red circle\n")
+    lightning("validate", "-c", "moved_too/config.yaml")
+    lightning("predict", "-c", "moved_too/config.yaml", "--model.semantic_run=moved", "--data.prompts=p.txt")
+    assert len(list((trained / "moved_too/predict").glob("*.mp4"))) == 1
+
+
 def test_a_run_is_a_folder(trained):
     run = trained / "runs/dim8"
     assert {path.name.split(".")[0] for path in run.iterdir()} >= {"config", "checkpoints", "events"}
@@ -77,13 +138,17 @@ def test_a_run_is_a_folder(trained):
 
 def test_tensorboard_has_the_basics(trained):
     tags = {run: EventAccumulator(str(trained / "runs" / run)).Reload().Tags() for run in ("dim8", "latent_dim8")}
-    assert {"val/flow_loss", "val/semantic_gap"} <= set(tags["latent_dim8"]["scalars"])
+    both = {"train/flow_loss", "train/gradient_norm", "train/learning_rate", "val/flow_loss"}
+    both |= {"speed/clips_per_second", "speed/data_wait_share"}
+    learns = {"train/kl", "train/reconstruction", "train/compressor_learning_rate"}
+    assert both | learns <= set(tags["dim8"]["scalars"]) and not tags["dim8"]["images"]
+    assert both | {"val/semantic_gap"} <= set(tags["latent_dim8"]["scalars"])
     assert tags["latent_dim8"]["images"] == ["videos"]  # both runs are there
-    assert not tags["dim8"]["images"]
+    assert any(tag.startswith("train/flow_loss t 0.") for tag in tags["dim8"]["scalars"])
 
 
 def test_resume_drops_points_past_its_step(workspace, lightning):
-    fit = ("fit", "-c", f"{CONFIGS}/dim8.yaml", "--trainer.log_every_n_steps=1")
+    fit = ("fit", "-c", f"{CONFIGS}/dim8.yaml", "--trainer.log_every_n_steps=1", "--model.compressor_steps=1")
     checkpoint = workspace / "runs/dim8/checkpoints/last.ckpt"
     lightning(*fit, "--trainer.max_steps=3")
     saved = checkpoint.read_bytes()
@@ -141,6 +206,41 @@ def test_fit_into_a_used_folder(trained, fails):
 
 def test_resume_where_nothing_is(workspace, fails):
     assert "There is no trained run in runs/dim8" in fails("fit", "-c", f"{CONFIGS}/dim8.yaml", "--ckpt_path=last")
+
+
+def test_a_compressor_that_is_still_being_learnt(workspace, lightning, fails):
+    lightning("fit", "-c", f"{CONFIGS}/dim8.yaml", "--trainer.max_steps=4", "--model.compressor_steps=3")
+    state = torch.load("runs/dim8/checkpoints/last.ckpt")
+    state["semantics"]["frozen"] = False
+    torch.save(state, "runs/dim8/checkpoints/last.ckpt")
+    assert "still being learnt at step 4" in fails("fit", "-c", f"{CONFIGS}/latent_dim8.yaml", *FIT)
+    never = fails("fit", "-c", f"{CONFIGS}/dim8.yaml", "--trainer.max_steps=3", "--model.compressor_steps=3", *NEW)
+    assert "ends before the compressor is frozen" in never
+
+
+def test_checkpoints_that_are_not_there_or_not_of_this_run(trained, fails):
+    missing = fails("fit", "-c", f"{CONFIGS}/dim8.yaml", *NEW, "--ckpt_path=typo.ckpt")
+    assert "There is no checkpoint typo.ckpt" in missing
+    other = fails("fit", "-c", f"{CONFIGS}/dim8.yaml", "--ckpt_path=runs/latent_dim8")
+    assert "runs/dim8 already holds a trained run" in other
+
+
+@pytest.mark.parametrize("options", [["--data.num_frames=13"], ["--model.encoder_options={cels: 3}"]])
+def test_options_that_do_not_fit(workspace, fails, options):
+    assert "Traceback" not in fails("fit", "-c", f"{CONFIGS}/dim8.yaml", *options)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_clips_that_are_all_too_short(workspace, fails, workers):
+    said = fails(
+        "fit",
+        "-c",
+        f"{CONFIGS}/dim8.yaml",
+        "--data.num_frames=97",
+        "--data.encoded=null",
+        f"--data.num_workers={workers}",
+    )
+    assert "No sample of" in said and "shorter than 97 frames" in said and "Traceback" not in said
 
 
 def test_a_misspelt_key(workspace, fails):
