@@ -14,18 +14,18 @@ $(BIN)/.installed: pyproject.toml
 install: $(BIN)/.installed  ## a virtual environment in .venv with everything in it
 
 # A run that was stopped goes on, one that is done stays as it is.
-fit = $(BIN)/lightning fit -c configs/$(1).yaml $(if $(wildcard runs/$(1)/checkpoints/last.ckpt),--ckpt_path last)
+demo-fit = $(BIN)/lightning fit -c configs/demo/$(1).yaml $(if $(wildcard runs/$(1)/checkpoints/last.ckpt),--ckpt_path last)
 
 demo: install  ## toy videos, both stages from scratch, samples, numbers and pictures
-	$(call fit,dim8)
-	$(call fit,latent_dim8)
-	$(BIN)/lightning test -c runs/latent_dim8/config.yaml
+	$(call demo-fit,demo_dim8)
+	$(call demo-fit,demo_latent_dim8)
+	$(BIN)/lightning test -c runs/demo_latent_dim8/config.yaml
 	@echo
-	@cat runs/latent_dim8/test/numbers.json
+	@cat runs/demo_latent_dim8/test/numbers.json
 	@echo
-	@echo "Videos         runs/latent_dim8/test/*.mp4"
-	@echo "Contact sheet  runs/latent_dim8/test/contact_sheet.png"
-	@echo "Numbers        runs/latent_dim8/test/numbers.json"
+	@echo "Videos         runs/demo_latent_dim8/test/*.mp4"
+	@echo "Contact sheet  runs/demo_latent_dim8/test/contact_sheet.png"
+	@echo "Numbers        runs/demo_latent_dim8/test/numbers.json"
 	@echo "Curves         $(BIN)/tensorboard --logdir runs"
 
 test: install  ## the tests that take seconds

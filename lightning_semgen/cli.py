@@ -3,17 +3,15 @@
 import logging
 import sys
 import warnings
-from dataclasses import fields
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
-from data.clip import Clip
 from data.datamodule import VideoDataModule
 from lightning_semgen import (
     stages,  # noqa: F401  its classes are found by their short names
@@ -21,20 +19,21 @@ from lightning_semgen import (
 )
 from lightning_semgen.callbacks import Progress, ShowVideos, Throughput, WriteResults
 from lightning_semgen.errors import UserError
-from lightning_semgen.runs import LAST, AtomicCheckpointIO, RunCheckpoint, SaveRunConfig, last_checkpoint, run_folder
-from lightning_semgen.stage import Stage
+from lightning_semgen.runs import (
+    LAST,
+    AtomicCheckpointIO,
+    RunCheckpoint,
+    SaveRunConfig,
+    last_checkpoint,
+    link_clip,
+    run_folder,
+)
 
 TRAINER_DEFAULTS = {
     "check_val_every_n_epoch": None,  # the stream of training samples has no end
     "use_distributed_sampler": False,  # the data module shares samples between ranks itself
     "num_sanity_val_steps": 0,
 }
-
-
-def link_clip(parser: ArgumentParser) -> None:
-    """The stage's nominal clip is what the data says, in training and wherever a stage is loaded."""
-    for field in fields(Clip):
-        parser.link_arguments(f"data.{field.name}", f"model.init_args.clip.{field.name}")
 
 
 class SemGenCLI(LightningCLI):
@@ -111,15 +110,6 @@ def run(args: list[str] | None = None, execute: bool = True) -> SemGenCLI:
         args=args,
         run=execute,
     )
-
-
-def instantiate(config: dict) -> Stage:
-    """The stage of a saved config.yaml, without its weights."""
-    parser = ArgumentParser()
-    parser.add_subclass_arguments(Stage, "model", required=True)
-    parser.add_class_arguments(VideoDataModule, "data")
-    link_clip(parser)
-    return parser.instantiate_classes(parser.parse_object({name: config[name] for name in ("model", "data")})).model
 
 
 def encode(args: list[str]) -> None:

@@ -1,19 +1,20 @@
 """A run is a folder: config.yaml, checkpoints/, TensorBoard. Where it is, what it holds, how it is written."""
 
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from data.clip import Clip
+from data.datamodule import VideoDataModule
 from lightning_semgen.errors import UserError
-
-if TYPE_CHECKING:
-    from lightning_semgen.stage import Stage
 
 CONFIG, LAST = "config.yaml", Path("checkpoints") / "last.ckpt"
 
@@ -34,12 +35,21 @@ def load_checkpoint(run: str | Path) -> dict[str, Any]:
     return torch.load(last_checkpoint(run), map_location="cpu", weights_only=True)
 
 
-def load_stage(run: str | Path) -> "Stage":
-    """The stage of a run with the weights of its last checkpoint, in eval mode."""
-    from lightning_semgen.cli import instantiate
+def link_clip(parser: ArgumentParser) -> None:
+    """The stage's nominal clip is what the data says, in training and wherever a stage is loaded."""
+    for field in fields(Clip):
+        parser.link_arguments(f"data.{field.name}", f"model.init_args.clip.{field.name}")
 
+
+def load_stage(run: str | Path) -> LightningModule:
+    """The stage of a run with the weights of its last checkpoint, in eval mode."""
     checkpoint = load_checkpoint(run)
-    stage = instantiate(yaml.safe_load((Path(run) / CONFIG).read_text()))
+    config = yaml.safe_load((Path(run) / CONFIG).read_text())
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(LightningModule, "model", required=True)
+    parser.add_class_arguments(VideoDataModule, "data")
+    link_clip(parser)
+    stage = parser.instantiate_classes(parser.parse_object({name: config[name] for name in ("model", "data")})).model
     stage.load_state_dict(checkpoint["state_dict"])
     return stage.eval()
 
@@ -56,11 +66,11 @@ class RunCheckpoint(ModelCheckpoint):
             filename=LAST.stem, every_n_train_steps=every_n_train_steps, save_top_k=1, enable_version_counter=False
         )
 
-    def setup(self, trainer: Trainer, pl_module: "Stage", stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = str(Path(trainer.default_root_dir).absolute() / LAST.parent)
         super().setup(trainer, pl_module, stage)
 
-    def on_train_end(self, trainer: Trainer, pl_module: "Stage") -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.fast_dev_run and self._last_global_step_saved != trainer.global_step:
             trainer.save_checkpoint(Path(self.dirpath) / LAST.name, weights_only=False)
 
@@ -81,7 +91,7 @@ class SaveRunConfig(SaveConfigCallback):
     def __init__(self, parser, config, **options):
         super().__init__(parser, config, overwrite=True, save_to_log_dir=False, **options)
 
-    def save_config(self, trainer: Trainer, pl_module: "Stage", stage: str) -> None:
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         config = self.config.clone()

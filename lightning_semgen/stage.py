@@ -2,7 +2,7 @@
 
 import math
 from copy import deepcopy
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from encoders.text import build_text_encoder
 from lightning_semgen import flow, keyed
 from lightning_semgen.compressor import Posterior
 from lightning_semgen.errors import UserError
+from lightning_semgen.learning_rate import adamw
 from lightning_semgen.metrics import Adherence, TimeBands
 from lightning_semgen.runs import LAST, load_stage
 from lightning_semgen.semantics import SemanticSpace
@@ -204,21 +205,10 @@ class Stage(LightningModule):
                 f"trainer.max_steps {steps} ends before the compressor is frozen: model.compressor_steps,"
                 f" {self.compressor_steps}, must be less."
             )
-        generator = [p for p in self.generator.parameters() if p.requires_grad]
-        names = {id(p) for p in generator}
-        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in names]
-        generator_factor = partial(learning_rate_factor, warmup=self.warmup_steps, end=steps)
-        groups = [
-            {"params": [p for p in generator if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in generator if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        factors = [generator_factor, generator_factor]
-        if rest:  # the compressor and what teaches it
-            groups.append({"params": rest, "weight_decay": 0.0})
-            factors.append(partial(learning_rate_factor, warmup=self.warmup_steps, end=self.compressor_steps))
-        optimizer = torch.optim.AdamW(groups, self.lr, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        trained = list(self.generator.parameters())
+        known = set(trained)
+        others = [p for p in self.parameters() if p.requires_grad and p not in known]  # the compressor, and its teacher
+        return adamw(trained, others, self.lr, self.weight_decay, self.warmup_steps, steps, self.compressor_steps)
 
     def on_train_batch_end(self, outputs, batch: dict, batch_idx: int) -> None:
         rates = self.lr_schedulers().get_last_lr()
@@ -295,10 +285,3 @@ def reports(trainer: Trainer, batch_idx: int) -> bool:
     """Whether Lightning writes to its loggers at this batch."""
     ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
     return ends_step and trainer.global_step % trainer.log_every_n_steps == 0
-
-
-def learning_rate_factor(step: int, warmup: int, end: int) -> float:
-    """Linear warm-up, then a cosine that is 0 at `end` and stays there."""
-    if step >= end:
-        return 0.0
-    return min(1.0, (step + 1) / max(warmup, 1)) * 0.5 * (1 + math.cos(math.pi * step / end))

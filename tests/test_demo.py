@@ -18,10 +18,10 @@ def test_both_stages_from_scratch_reach_their_adherence(tmp_path):
         command = [sys.executable, "-m", "lightning_semgen", *args, "--trainer.enable_progress_bar=false"]
         subprocess.run(command, cwd=tmp_path, env=environment | {"PYTHONPATH": str(CONFIGS.parent)}, check=True)
 
-    for name in ("dim8", "latent_dim8"):
-        lightning("fit", "-c", f"{CONFIGS}/{name}.yaml")
-    lightning("test", "-c", "runs/latent_dim8/config.yaml")
-    numbers = json.loads((tmp_path / "runs/latent_dim8/test/numbers.json").read_text())
+    for name in ("demo_dim8", "demo_latent_dim8"):
+        lightning("fit", "-c", f"{CONFIGS}/demo/{name}.yaml")
+    lightning("test", "-c", "runs/demo_latent_dim8/config.yaml")
+    numbers = json.loads((tmp_path / "runs/demo_latent_dim8/test/numbers.json").read_text())
     assert numbers["test/colour"] >= 0.85
     assert numbers["test/direction"] >= 0.6
     for name, chance in CHANCE.items():

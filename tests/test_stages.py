@@ -8,7 +8,7 @@ from data.datasets import ClipDataset, Stream, collate
 from data.shards import Shards
 from lightning_semgen.errors import UserError
 from lightning_semgen.keyed import key_of
-from lightning_semgen.stage import learning_rate_factor
+from lightning_semgen.learning_rate import factor
 from lightning_semgen.stages import LatentStage, SemanticStage
 
 CAPTIONS = ["a small red circle moves left", "a big blue square goes up"]
@@ -150,6 +150,6 @@ def test_measured_statistics_standardise(semantic, batch):
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
-    factors = [learning_rate_factor(step, warmup=10, end=100) for step in range(120)]
+    factors = [factor(step, warmup=10, end=100) for step in range(120)]
     assert factors[0] == pytest.approx(0.1) and max(factors) > 0.9
     assert factors[99] < 1e-3 and set(factors[100:]) == {0.0}

@@ -1,0 +1,40 @@
+"""AdamW, and how the learning rates of generator and compressor rise and fall."""
+
+import math
+from functools import partial
+
+import torch
+from torch import nn
+
+
+def factor(step: int, warmup: int, end: int) -> float:
+    """Linear warm-up, then a cosine that is 0 at `end` and stays there."""
+    if step >= end:
+        return 0.0
+    return min(1.0, (step + 1) / max(warmup, 1)) * 0.5 * (1 + math.cos(math.pi * step / end))
+
+
+def adamw(
+    generator: list[nn.Parameter],
+    compressor: list[nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    warmup: int,
+    steps: int,
+    compressor_steps: int,
+) -> dict:
+    """Optimiser and schedule as Lightning takes them; the compressor's group is the last, if it learns at all.
+
+    Its end is a learning rate of 0 rather than a missing gradient: DDP and FSDP see one graph at every step.
+    """
+    groups = [
+        {"params": [p for p in generator if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in generator if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    factors = [partial(factor, warmup=warmup, end=steps)] * 2
+    if compressor:
+        groups.append({"params": compressor, "weight_decay": 0.0})
+        factors.append(partial(factor, warmup=warmup, end=compressor_steps))
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
