@@ -13,7 +13,7 @@ from data.decode import decode_clip
 from data.toy import toy_clip
 from encoders import build_encoder
 from encoders.vae import build_vae
-from lightning_semgen.toy_parts import attribute_labels, sprite_centres
+from lightning_semgen.toy_parts import attribute_labels
 
 CLIP = Clip(num_frames=49, height=48, width=48, fps=24.0, semantic_fps=1.6)
 TRAIN, HELDOUT = 1600, 192
@@ -23,6 +23,15 @@ def clips(split: str, count: int, semantic_only: bool) -> tuple[Tensor, list[dic
     rows = [toy_clip(split, index, seed=2) for index in range(count)]
     frames = torch.stack([decode_clip(video, CLIP, semantic_only=semantic_only) for _, video, _ in rows])
     return frames, [info for *_, info in rows]
+
+
+def sprite_centres(frames: Tensor) -> Tensor:
+    """(B, T, 2): x, y of the saturated pixels' centre in frames (B, T, 3, H, W) in [0, 1]; the frame is -1 to 1."""
+    height, width = frames.shape[-2:]
+    weight = (frames.amax(2) - frames.amin(2) - 0.2).relu() + 1e-6
+    x, y = (torch.linspace(1 / n - 1, 1 - 1 / n, n, device=frames.device) for n in (width, height))
+    sums = torch.stack([(weight.sum(2) * x).sum(2), (weight.sum(3) * y).sum(2)], dim=2)
+    return sums / weight.sum((2, 3))[..., None]
 
 
 def psnr(shown: Tensor, true: Tensor) -> float:

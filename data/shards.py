@@ -54,7 +54,7 @@ def read_index(path: Path) -> list[dict]:
     identity = [stat.st_size, stat.st_mtime_ns]
     if index_path(path).exists():
         index = json.loads(index_path(path).read_text())
-        if index["shard"] == identity:
+        if index.get("shard") == identity:
             return index["samples"]
     index = {"shard": identity, "samples": _scan(path)}
     with suppress(OSError):  # the folder may be read-only

@@ -32,15 +32,6 @@ def attribute_labels(info: list[dict], device: torch.device) -> dict[str, Tensor
     }
 
 
-def sprite_centres(frames: Tensor) -> Tensor:
-    """(B, T, 2): x, y of the saturated pixels' centre in frames (B, T, 3, H, W) in [0, 1]; the frame is -1 to 1."""
-    height, width = frames.shape[-2:]
-    weight = (frames.amax(2) - frames.amin(2) - 0.2).relu() + 1e-6
-    x, y = (torch.linspace(1 / n - 1, 1 - 1 / n, n, device=frames.device) for n in (width, height))
-    sums = torch.stack([(weight.sum(2) * x).sum(2), (weight.sum(3) * y).sum(2)], dim=2)
-    return sums / weight.sum((2, 3))[..., None]
-
-
 def hues() -> Tensor:
     """Angle of each of COLOURS around the grey axis of the RGB cube."""
     red, green, blue = torch.tensor([*COLOURS.values()]).unbind(1)
@@ -131,10 +122,11 @@ class ToyVAETraining(ToyPart):
 
 
 class ToyEncoderTraining(ToyPart):
-    """Masked autoencoding; attributes from the mean token; attributes and the sprite's place from every pooled token.
+    """Masked autoencoding, and the clip's attributes from the mean of its tokens.
 
-    Sprites are recoloured at random: in the train split, colour, direction and size say which shapes are unlikely, and
-    a network finds that easier than looking. Small patches matter likewise: with 16 pixels shape is not learnt.
+    From the mean alone: a token that has to tell them by itself says nothing of its own place. Sprites are recoloured
+    at random: in the train split, colour, direction and size say which shapes are unlikely, and a network finds that
+    easier than looking. Small patches matter likewise: with 16 pixels shape is hardly learnt.
     """
 
     needs_video = False
@@ -149,15 +141,13 @@ class ToyEncoderTraining(ToyPart):
         heads: int = 4,
         cells: int = 3,  # side of the pooled grid
         mask_ratio: float = 0.75,
-        mae_weight: float = 20.0,
-        token_weight: float = 0.5,  # single tokens that tell a clip's attributes compress well
-        place_weight: float = 5.0,
+        mae_weight: float = 50.0,
         lr: float = 2e-3,
         weight_decay: float = 0.05,
     ) -> None:
         super().__init__(lr, weight_decay)
         self.mask_ratio, self.cells = mask_ratio, cells
-        self.weights = {"mae": mae_weight, "attributes": 1.0, "token_attributes": token_weight, "place": place_weight}
+        self.mae_weight = mae_weight
         config = VideoMAEConfig(
             image_size=image_size,
             patch_size=patch_size,
@@ -177,8 +167,6 @@ class ToyEncoderTraining(ToyPart):
         )
         self.autoencoder = VideoMAEForPreTraining(config)
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in ATTRIBUTES.items()})
-        self.token_heads = deepcopy(self.heads)
-        self.place = nn.Linear(width, 4)  # x, y in the two frames of the token's tubelet
         self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False)
 
@@ -199,29 +187,14 @@ class ToyEncoderTraining(ToyPart):
         order = torch.rand(count, patches, device=self.device).argsort(1)
         return order < round(self.mask_ratio * patches)
 
-    def attribute_loss(self, tokens: Tensor, labels: dict[str, Tensor], heads: nn.ModuleDict) -> Tensor:
-        """Cross entropy of tokens (B, N, width), each to tell the attributes of its clip."""
-        return sum(
-            F.cross_entropy(heads[name](tokens).transpose(1, 2), truth[:, None].expand(-1, tokens.shape[1]))
-            for name, truth in labels.items()
-        )
-
-    def place_loss(self, tokens: Tensor, frames: Tensor) -> Tensor:
-        centres = sprite_centres(frames).unflatten(1, (-1, 2)).flatten(2)  # (B, T', 4)
-        return F.mse_loss(self.place(tokens), centres.repeat_interleave(tokens.shape[1] // centres.shape[1], dim=1))
-
     def training_step(self, batch: dict, _: int) -> Tensor:
         frames, labels = batch["semantic_frames"] / 255, attribute_labels(batch["info"], self.device)
         frames, labels["colour"] = recolour(frames, labels["colour"])
-        tokens = self.tokens(frames)
-        losses = {
-            "mae": self.autoencoder(self.normalise(frames), self.mask(len(frames))).loss,
-            "attributes": self.attribute_loss(tokens.mean(1, keepdim=True), labels, self.heads),
-            "token_attributes": self.attribute_loss(tokens, labels, self.token_heads),
-            "place": self.place_loss(tokens, frames),
-        }
-        self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=len(frames))
-        return sum(self.weights[name] * loss for name, loss in losses.items())
+        mean = self.tokens(frames).mean(1)
+        attributes = sum(F.cross_entropy(self.heads[name](mean), truth) for name, truth in labels.items())
+        hidden = self.autoencoder(self.normalise(frames), self.mask(len(frames))).loss
+        self.log_dict({"train/mae": hidden, "train/attributes": attributes}, batch_size=len(frames))
+        return self.mae_weight * hidden + attributes
 
     def validation_step(self, batch: dict, _: int) -> None:
         frames, labels = batch["semantic_frames"] / 255, attribute_labels(batch["info"], self.device)

@@ -12,10 +12,10 @@ import encoders
 from data.checker import read_video
 from data.clip import Clip
 from data.decode import decode_clip
-from data.toy import DIRECTIONS, toy_clip
+from data.toy import toy_clip
 from encoders.toy import ToyEncoder
 from encoders.toy_vae import ToyVideoVAE
-from lightning_semgen.toy_parts import ATTRIBUTES, attribute_labels, psnr, recolour, sprite_centres
+from lightning_semgen.toy_parts import ATTRIBUTES, attribute_labels, psnr, recolour
 
 WEIGHTS = Path(encoders.__file__).parent / "weights"
 CLIP = Clip(num_frames=49, height=48, width=48, fps=24.0, semantic_fps=1.6)
@@ -111,12 +111,3 @@ def test_recoloured_clips_show_the_colour_that_their_label_names():
     shown = [read_video((clip * 255).byte()) for clip in turned]
     assert [reading.colour for reading in shown] == [ATTRIBUTES["colour"][label] for label in wanted]
     assert [reading.shape for reading in shown] == [row["shape"] for row in info]
-
-
-def test_sprite_centres_follow_the_direction():
-    frames, info = clips("train", 12)
-    centres = sprite_centres(frames[:, CLIP.semantic_indices] / 255)
-    travel = centres[:, -1] - centres[:, 0]
-    for (x, y), row in zip(travel.tolist(), info, strict=True):
-        axis, sign = DIRECTIONS[row["direction"]]
-        assert (abs(x) < abs(y)) == axis and (x, y)[axis] * sign > 0
