@@ -23,7 +23,7 @@ class ToyEncoder(FrozenEncoder):
     Windows are independent; the last is filled up by repeating its final frame, and the surplus is cut.
     """
 
-    def __init__(self, weights: str, cells: int = 3):
+    def __init__(self, weights: str, cells: int = 3, layer: int = 3):
         super().__init__()
         try:
             self.model = VideoMAEModel.from_pretrained(weights, dtype=torch.float32)
@@ -32,6 +32,7 @@ class ToyEncoder(FrozenEncoder):
         config = self.model.config
         self.dim, self.tubelet = config.hidden_size, config.tubelet_size
         self.window, self.side = config.num_frames, config.image_size
+        self.layer = layer  # of 4; the last says the same in every cell, the sprite's place is in the earlier ones
         self.patches, self.cells = config.image_size // config.patch_size, cells
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
@@ -49,6 +50,7 @@ class ToyEncoder(FrozenEncoder):
         batch, steps = len(pixels), pixels.shape[1] // self.tubelet
         surplus = -pixels.shape[1] % self.window
         pixels = torch.cat([pixels, pixels[:, -1:].expand(-1, surplus, -1, -1, -1)], dim=1)
-        tokens = self.model(pixels.unflatten(1, (-1, self.window)).flatten(0, 1)).last_hidden_state
+        windows = pixels.unflatten(1, (-1, self.window)).flatten(0, 1)
+        tokens = self.model(windows, output_hidden_states=True).hidden_states[self.layer]
         tokens = tokens.reshape(batch, -1, self.patches, self.patches, self.dim)[:, :steps]
         return pool_cells(tokens, self.cells)
