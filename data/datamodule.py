@@ -166,18 +166,14 @@ def render_toy_world(pattern: str | list[str], split: str, clips: int, clip: Cli
             f"The toy world is rendered to one pattern with one *, such as shards/toy/train-*.tar, not {pattern}."
         )
     starts = {Path(pattern.replace("*", f"{n:06d}")): n * TOY_SHARD for n in range(-(-clips // TOY_SHARD))}
-    todo = {path: start for path, start in starts.items() if not index_path(path).exists()}
-    render = partial(
-        toy_clip, split, seed=0, num_frames=clip.num_frames, height=clip.height, width=clip.width, fps=clip.fps
-    )
-    with (
-        ProcessPoolExecutor() as pool,
-        tqdm(desc=f"rendering {split} clips", unit="clip", disable=not todo) as progress,
-    ):
-        for path, start in todo.items():
-            indices = range(start, min(start + TOY_SHARD, clips))
-            progress.total = (progress.total or 0) + len(indices)
-            write_shard(path, _samples(pool.map(render, indices, chunksize=8), progress))
+    todo = {p: range(s, min(s + TOY_SHARD, clips)) for p, s in starts.items() if not index_path(p).exists()}
+    size = {"num_frames": clip.num_frames, "height": clip.height, "width": clip.width, "fps": clip.fps}
+    bar = tqdm(total=sum(map(len, todo.values())), desc=f"rendering {split} clips", unit="clip", disable=not todo)
+    with ProcessPoolExecutor() as pool, bar as progress:
+        for path, indices in todo.items():
+            write_shard(
+                path, _samples(pool.map(partial(toy_clip, split, seed=0, **size), indices, chunksize=8), progress)
+            )
 
 
 def _samples(clips, progress: tqdm):
