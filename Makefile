@@ -28,14 +28,11 @@ demo: install  ## toy videos, both stages from scratch, samples, numbers and pic
 	@echo "Numbers        runs/demo_latent_dim8/test/numbers.json"
 	@echo "Curves         $(BIN)/tensorboard --logdir runs"
 
-test: install  ## the tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow'
-
-test-slow: install  ## the others
-	$(BIN)/python -m pytest -m slow
+test: install  ## the tests
+	$(BIN)/python -m pytest
 
 lint: install  ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-.PHONY: help install demo test test-slow lint
+.PHONY: help install demo test lint
