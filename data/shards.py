@@ -88,6 +88,9 @@ def expand(patterns: str | list[str]) -> list[Path]:
     names = [os.path.expandvars(p) for p in ([patterns] if isinstance(patterns, str) else patterns)]
     names = [name for pattern in names for name in braceexpand.braceexpand(pattern)]
     paths = sorted({Path(path) for name in names for path in glob.glob(name)})
+    absent = [name for name in names if not glob.has_magic(name) and not Path(name).exists()]
+    if paths and absent:
+        raise UserError(f"{len(absent)} of the {len(names)} named shards are missing, the first is {absent[0]}.")
     if not paths:
         raise UserError(
             f"There are no shards at {', '.join(names)}: check data.train_shards and data.val_shards, or set"

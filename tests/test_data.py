@@ -182,6 +182,9 @@ def test_broken_and_odd_captions_are_not_captions(tmp_path):
 def test_shards_that_are_missing_or_broken_are_named(tmp_path):
     with pytest.raises(UserError, match="no shards at .*nowhere-.*tar.*data.toy_clips"):
         Shards(str(tmp_path / "nowhere-*.tar"))
+    (tmp_path / "s-0.tar").touch()
+    with pytest.raises(UserError, match="2 of the 3 named shards are missing, the first is .*s-1.tar"):
+        Shards(str(tmp_path / "s-{0..2}.tar"))
     (tmp_path / "broken.tar").write_bytes(b"not a tar" * 100)
     with pytest.raises(UserError, match="broken.tar cannot be read"):
         Shards(str(tmp_path / "broken.tar"))
