@@ -1,7 +1,8 @@
-"""Video bytes to the frames of a clip, chosen by timestamp."""
+"""Video bytes to the frames of a clip, chosen by timestamp, upright and with square pixels."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import av
 import numpy as np
@@ -21,29 +22,69 @@ def decode_clip(video: bytes, clip: Clip, start: float = 0.0, semantic_only: boo
     """Frames uint8 (T, 3, H, W) of the clip that begins `start` seconds into the video, or (T_s, 3, H, W) of its
     semantic stream only.
 
-    The frame of a grid time is the one whose display interval holds that time. The picture is scaled to cover the
-    clip's size and cropped in the middle.
+    The frame of a grid time is the one whose display interval holds that time. The picture is turned as the video's
+    display matrix says, scaled to cover the clip's size and cropped in the middle.
     """
     wanted = ((clip.semantic_times if semantic_only else clip.times) + start).tolist()
     frames: list[np.ndarray] = []
     reformatter = av.video.reformatter.VideoReformatter()  # keeps its tables; a frame's own would make them anew
-    try:
-        for begin, end, frame in _displayed(video):
+    with opened(video) as (container, stream):
+        aspect = pixel_aspect(stream)
+        for begin, end, frame in _displayed(container.decode(stream)):
             while len(frames) < len(wanted) and wanted[len(frames)] < end - TOLERANCE:
                 if wanted[len(frames)] < begin - TOLERANCE:
                     raise Rejected("a gap in the timestamps")
-                frames.append(_scaled(frame, clip, reformatter))
+                frames.append(_scaled(frame, aspect, clip, reformatter))
             if len(frames) == len(wanted):
                 return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
-    except (av.FFmpegError, IndexError) as error:
-        raise Rejected(f"does not decode: {type(error).__name__}") from error
     raise Rejected(f"shorter than {clip.num_frames} frames at {clip.fps:g} fps")
 
 
-def _displayed(video: bytes) -> Iterator[tuple[float, float, av.VideoFrame]]:
+@contextmanager
+def opened(video: bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """The container and its main video stream; `Rejected` where there is none or what is read of it is broken."""
+    try:
+        with av.open(io.BytesIO(video), metadata_errors="replace") as container:  # titles come in any encoding
+            stream = container.streams.best("video")
+            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+                raise Rejected("no video stream")
+            if stream.codec_context is None:
+                raise Rejected("no decoder for its codec")
+            stream.thread_count = 1  # workers are the parallelism
+            yield container, stream
+    except av.FFmpegError as error:
+        raise Rejected(f"does not decode: {type(error).__name__}") from error
+
+
+def pixel_aspect(stream: av.VideoStream) -> float:
+    """Width of a pixel over its height."""
+    return float(stream.sample_aspect_ratio or 1)
+
+
+def display_matrix(frame: av.VideoFrame) -> np.ndarray:
+    """(2, 2): the rows are where the x and the y axis of the stored picture point on display."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    return np.eye(2) if data is None else np.frombuffer(data, np.int32).reshape(3, 3)[:2, :2]
+
+
+def is_sideways(matrix: np.ndarray) -> bool:
+    return abs(matrix[0, 1]) > abs(matrix[0, 0])
+
+
+def timed(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[float, float, av.VideoFrame]]:
+    """Frames with the second since the first at which each begins, and its own length in seconds, 0 if unknown."""
+    first = None
+    for frame in frames:
+        if frame.pts is None:
+            raise Rejected("a frame without a timestamp")
+        first = frame.pts if first is None else first
+        yield float((frame.pts - first) * frame.time_base), float((frame.duration or 0) * frame.time_base), frame
+
+
+def _displayed(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[float, float, av.VideoFrame]]:
     """Frames with the seconds from and to which each is shown; the first is shown from 0."""
     before = None
-    for time, length, frame in _timed_frames(video):
+    for time, length, frame in timed(frames):
         if before is not None:
             yield before[0], time, before[2]
         before = time, time + length, frame
@@ -51,23 +92,22 @@ def _displayed(video: bytes) -> Iterator[tuple[float, float, av.VideoFrame]]:
         yield before
 
 
-def _timed_frames(video: bytes) -> Iterator[tuple[float, float, av.VideoFrame]]:
-    with av.open(io.BytesIO(video)) as container:
-        stream = container.streams.video[0]
-        stream.thread_count = 1  # workers are the parallelism
-        first = None
-        for frame in container.decode(stream):
-            if frame.pts is None:
-                raise Rejected("a frame without a timestamp")
-            first = frame.pts if first is None else first
-            yield float((frame.pts - first) * frame.time_base), float((frame.duration or 0) * frame.time_base), frame
+def _scaled(
+    frame: av.VideoFrame, aspect: float, clip: Clip, reformatter: av.video.reformatter.VideoReformatter
+) -> np.ndarray:
+    """(H, W, 3): scaled to cover, cropped in the middle, and then turned, when there is least to turn."""
+    matrix = display_matrix(frame)
+    height, width = (clip.width, clip.height) if is_sideways(matrix) else (clip.height, clip.width)
+    scale = max(height / frame.height, width / (frame.width * aspect))
+    full_height = max(round(frame.height * scale), height)
+    full_width = max(round(frame.width * aspect * scale), width)
+    rgb = reformatter.reformat(frame, full_width, full_height, "rgb24", interpolation="AREA").to_ndarray()
+    top, left = (full_height - height) // 2, (full_width - width) // 2
+    return _turned(rgb[top : top + height, left : left + width], matrix)
 
 
-def _scaled(frame: av.VideoFrame, clip: Clip, reformatter: av.video.reformatter.VideoReformatter) -> np.ndarray:
-    """(H, W, 3): scaled to cover, cropped in the middle."""
-    scale = max(clip.height / frame.height, clip.width / frame.width)
-    height = max(round(frame.height * scale), clip.height)
-    width = max(round(frame.width * scale), clip.width)
-    rgb = reformatter.reformat(frame, width, height, "rgb24", interpolation="AREA").to_ndarray()
-    top, left = (height - clip.height) // 2, (width - clip.width) // 2
-    return rgb[top : top + clip.height, left : left + clip.width]
+def _turned(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    x, y = matrix.diagonal()
+    if is_sideways(matrix):
+        picture, x, y = picture.swapaxes(0, 1), matrix[1, 0], matrix[0, 1]
+    return picture[:: -1 if y < 0 else 1, :: -1 if x < 0 else 1]

@@ -1,7 +1,7 @@
 """WebDataset tar shards with an index beside each: written at once or not at all, read at any place.
 
-`NAME.tar.index.json` holds, for every sample, its key, whether it has a caption, and where its members lie; and the
-size and time of the shard it is of.
+`NAME.tar.index.json` holds, for every sample, its key, whether it has a caption, where its members lie, and what
+`lightning pack` measured of its video; and the size and time of the shard it is of.
 """
 
 import glob
@@ -19,7 +19,11 @@ import webdataset as wds
 
 from lightning_semgen.errors import UserError
 
-VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")
+VIDEO_EXTENSIONS = (
+    *("mp4", "webm", "mkv", "mov", "avi", "m4v", "3gp", "3g2", "ts", "mts", "m2ts"),
+    *("flv", "f4v", "mpg", "mpeg", "wmv", "asf", "ogv", "mxf"),
+)
+MEASURED = ("duration", "width", "height", "fps", "rotation", "codec", "frames")  # see `probe`
 
 
 def index_path(shard: Path) -> Path:
@@ -72,15 +76,20 @@ def _scan(path: Path) -> list[dict]:
             sample = samples.setdefault(f"{folder}/{stem}".lstrip("/"), {"caption": False, "members": {}})
             sample["members"][extension] = [member.offset_data, member.size]
             if extension == "json":
-                sample["caption"] = _has_caption(tar.extractfile(member).read())
+                sample |= _known(tar.extractfile(member).read())
     return [{"key": key, **sample} for key, sample in samples.items()]
 
 
-def _has_caption(text: bytes) -> bool:
+def _known(text: bytes) -> dict:
+    """Of a sample's JSON, whether it has a caption and what was measured of the video."""
+    info = {}
     with suppress(ValueError):
         info = json.loads(text)
-        return isinstance(info, dict) and isinstance(info.get("caption"), str) and bool(info["caption"].strip())
-    return False
+    if not isinstance(info, dict):
+        return {"caption": False}
+    caption = info.get("caption")
+    measured = {name: info[name] for name in MEASURED} if info.keys() >= set(MEASURED) else {}
+    return {"caption": isinstance(caption, str) and bool(caption.strip())} | measured
 
 
 def expand(patterns: str | list[str]) -> list[Path]:

@@ -1,0 +1,175 @@
+"""Videos as they come: turned, stretched, deep, broken, with more streams than one."""
+
+import io
+import os
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from data.clip import Clip
+from data.decode import Rejected, decode_clip
+from data.mp4 import write_mp4
+from data.probe import probe
+from data.shards import MEASURED
+
+CLIPS = Path(os.environ.get("SEMGEN_CLIPS", Path(__file__).parents[2] / "shared/clips"))
+needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="no folder of wild clips: name one in SEMGEN_CLIPS")
+GREYS = np.arange(20, 244, 14, np.uint8).reshape(4, 4)  # of the cells of a picture
+TURNS = {  # display matrix a, b, c, d: what it makes of a picture
+    (1, 0, 0, 1): lambda picture: picture,
+    (0, 1, -1, 0): lambda picture: np.rot90(picture, -1),
+    (-1, 0, 0, -1): lambda picture: np.rot90(picture, 2),
+    (0, -1, 1, 0): lambda picture: np.rot90(picture),
+    (-1, 0, 0, 1): np.fliplr,
+    (1, 0, 0, -1): np.flipud,
+    (0, 1, 1, 0): np.transpose,
+    (0, -1, -1, 0): lambda picture: np.rot90(np.transpose(picture), 2),
+}
+
+
+def cells(height: int, width: int) -> np.ndarray:
+    """uint8 (H, W, 3), each cell of one grey."""
+    grey = GREYS[np.arange(height) * 4 // height][:, np.arange(width) * 4 // width]
+    return np.repeat(grey[:, :, None], 3, 2)
+
+
+def greys(video: bytes, height: int, width: int) -> np.ndarray:
+    """The grey in the middle of each cell, of a clip of that size."""
+    picture = decode_clip(video, Clip(5, height, width, 24.0, 12.0)).float().mean((0, 1)).numpy()
+    return picture[height // 8 :: height // 4, width // 8 :: width // 4]
+
+
+def with_display_matrix(video: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+    at = video.index(b"tkhd") + 44
+    a, b, c, d = (value << 16 for value in matrix)
+    return video[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + video[at + 36 :]
+
+
+def muxed(*streams: dict, format: str = "mp4") -> bytes:
+    """A file of streams {"codec", "frames", "width", "height", "pix_fmt", …}, at 24 fps those of pictures."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=format) as container:
+        added = []
+        for codec, frames, *options in (stream.items() for stream in streams):
+            stream = container.add_stream(codec[1], rate=24000 if codec[1] == "aac" else 24)
+            for name, value in options:
+                setattr(stream, name, value)
+            added.append((stream, frames[1]))
+        for stream, frames in added:
+            packets = [packet for frame in _frames(stream, frames) for packet in stream.encode(frame)]
+            container.mux(packets + stream.encode())
+    return buffer.getvalue()
+
+
+def _frames(stream: av.stream.Stream, count: int) -> list[av.VideoFrame | av.AudioFrame]:
+    if stream.type == "video":
+        return [av.VideoFrame.from_ndarray(cells(stream.height, stream.width)) for _ in range(count)]
+    silence = [av.AudioFrame.from_ndarray(np.zeros((2, 1000), np.float32), "fltp", "stereo") for _ in range(count)]
+    for frame in silence:
+        frame.rate = 24000
+    return silence
+
+
+H264 = {"codec": "libx264", "frames": 6, "width": 48, "height": 32, "pix_fmt": "yuv420p"}
+COVER = {"codec": "mjpeg", "frames": 1, "width": 16, "height": 16, "pix_fmt": "yuvj420p"}
+COVER |= {"disposition": av.stream.Disposition.attached_pic}
+AUDIO = {"codec": "aac", "frames": 6}
+
+
+@pytest.mark.parametrize("matrix", TURNS)
+def test_a_video_is_turned_as_its_display_matrix_says(matrix):
+    video = with_display_matrix(muxed(H264), matrix)
+    height, width = (48, 32) if matrix[0] == 0 else (32, 48)
+    np.testing.assert_allclose(greys(video, height, width), TURNS[matrix](GREYS), atol=4)
+    assert (probe(video)["height"], probe(video)["width"]) == (height, width)
+
+
+def test_pixels_become_square():
+    video = muxed(H264 | {"width": 32, "sample_aspect_ratio": Fraction(2, 1)})
+    assert (probe(video)["height"], probe(video)["width"]) == (32, 64)
+    np.testing.assert_allclose(greys(video, 16, 32), GREYS, atol=4)  # nothing is cropped
+    flat = muxed(H264 | {"width": 32, "height": 64, "sample_aspect_ratio": Fraction(2, 1)})
+    np.testing.assert_allclose(greys(with_display_matrix(flat, (0, 1, -1, 0)), 24, 24), np.rot90(GREYS, -1), atol=4)
+
+
+@pytest.mark.parametrize("options", [{"pix_fmt": "yuv444p", "width": 49, "height": 33}, {"pix_fmt": "yuv420p10le"}])
+def test_deep_and_odd_sized_pictures_decode(options):
+    video = muxed(H264 | options)
+    np.testing.assert_allclose(greys(video, 32, 48), GREYS, atol=4)
+    assert probe(video)["width"] == options.get("width", 48)
+
+
+def test_of_several_streams_the_moving_picture_counts():
+    assert probe(muxed(COVER, H264))["codec"] == "h264"
+    assert probe(muxed(H264, H264 | {"width": 64}))["width"] == 48
+
+
+@pytest.mark.parametrize("streams", [(AUDIO,), (AUDIO, COVER)], ids=["audio", "audio with a cover"])
+def test_a_file_without_moving_pictures_is_rejected(streams):
+    for read in (probe, lambda video: decode_clip(video, Clip(1, 16, 16, 24.0, 12.0))):
+        with pytest.raises(Rejected, match="no video stream"):
+            read(muxed(*streams))
+
+
+def test_what_is_measured():
+    measured = probe(muxed(H264 | {"frames": 24}, AUDIO))
+    assert tuple(measured) == MEASURED
+    assert tuple(measured.values()) == (1.0, 48, 32, 24.0, 0, "h264", 24)
+
+
+@pytest.mark.parametrize("format", ["matroska", "avi", "mp4"])
+def test_a_file_that_is_cut_off_is_noticed(format):
+    video = faststart_noise(100) if format == "mp4" else muxed(H264 | {"frames": 100}, format=format)
+    assert probe(video)["frames"] == 100
+    with pytest.raises(Rejected, match="truncated|does not decode"):
+        probe(video[: len(video) * 3 // 4])
+
+
+def test_sound_may_go_on_after_the_last_picture():
+    video = muxed(H264 | {"frames": 24}, AUDIO | {"frames": 72}, format="matroska")
+    assert probe(video)["duration"] == pytest.approx(1, abs=0.01)
+
+
+def test_what_is_broken_inside_or_has_no_decoder_is_rejected():
+    video = faststart_noise(30)
+    middle = len(video) // 2
+    with pytest.raises(Rejected, match="does not decode|damaged"):
+        probe(video[:middle] + bytes(2000) + video[middle + 2000 :])
+    with pytest.raises(Rejected, match="no decoder"):
+        probe(video.replace(b"avc1", b"zzz1"))
+    with pytest.raises(Rejected, match="empty file"):
+        probe(b"")
+
+
+def test_a_title_in_any_encoding_is_no_obstacle():
+    buffer = io.BytesIO()
+    write_mp4(np.zeros((5, 3, 16, 16), np.uint8), buffer, metadata={"title": "a title"})
+    video = buffer.getvalue().replace(b"a title", b"\xff\xfe\xe9\xe8tle")
+    assert probe(video)["frames"] == len(decode_clip(video, Clip(5, 16, 16, 24.0, 12.0))) == 5
+
+
+def faststart_noise(frames: int) -> bytes:
+    """An mp4 with its index in front, whose frames are all large."""
+    buffer = io.BytesIO()
+    write_mp4(np.random.default_rng(0).integers(0, 256, (frames, 3, 48, 48), np.uint8), buffer)
+    return buffer.getvalue()
+
+
+@needs_clips
+@pytest.mark.parametrize("folder", ["codec", "derived"])
+def test_of_wild_clips_only_broken_ones_are_rejected(folder):
+    causes = {}
+    for path in (CLIPS / folder).iterdir():
+        try:
+            probe(path.read_bytes())
+        except Rejected as cause:
+            causes[path.name] = str(cause).partition(":")[0]
+    broken = {
+        "codec": {"ax_invalid-bitstream.webm": "does not decode", "decord_corrupted.mp4": "does not decode"},
+        "derived": {"truncated_faststart_60pct.mp4": "does not decode", "zero_bytes.mp4": "empty file"},
+    }
+    assert causes == broken[folder]
