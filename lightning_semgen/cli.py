@@ -6,13 +6,14 @@ import warnings
 from pathlib import Path
 
 import torch
-from jsonargparse import Namespace
+from jsonargparse import Namespace, auto_cli
 from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
 from data.datamodule import VideoDataModule
+from data.pack import pack_videos
 from lightning_semgen import (
     stages,  # noqa: F401  its classes are found by their short names
     toy_parts,  # noqa: F401
@@ -122,7 +123,12 @@ def encode(args: list[str]) -> None:
     cli.datamodule.prepare_data()
 
 
-COMMANDS = {"encode": encode}
+def pack(args: list[str]) -> None:
+    """Packs a folder or table of captioned videos into shards; `lightning pack --help`."""
+    auto_cli(pack_videos, args=args, prog="lightning pack")
+
+
+COMMANDS = {"pack": pack, "encode": encode}
 
 
 def user_error(error: BaseException | None) -> UserError | None:
