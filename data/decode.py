@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data.clip import Clip
+from data.hdr import HLG, PQ, to_sdr
 
 TOLERANCE = 1e-3  # seconds; mkv and webm round timestamps to milliseconds
 
@@ -27,14 +28,13 @@ def decode_clip(video: bytes, clip: Clip, start: float = 0.0, semantic_only: boo
     """
     wanted = ((clip.semantic_times if semantic_only else clip.times) + start).tolist()
     frames: list[np.ndarray] = []
-    reformatter = av.video.reformatter.VideoReformatter()  # keeps its tables; a frame's own would make them anew
     with opened(video) as (container, stream):
-        aspect = pixel_aspect(stream)
+        picture = _Picture(stream, clip)
         for begin, end, frame in _displayed(container.decode(stream)):
             while len(frames) < len(wanted) and wanted[len(frames)] < end - TOLERANCE:
                 if wanted[len(frames)] < begin - TOLERANCE:
                     raise Rejected("a gap in the timestamps")
-                frames.append(_scaled(frame, aspect, clip, reformatter))
+                frames.append(picture(frame))
             if len(frames) == len(wanted):
                 return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
     raise Rejected(f"shorter than {clip.num_frames} frames at {clip.fps:g} fps")
@@ -92,18 +92,30 @@ def _displayed(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[float, float, 
         yield before
 
 
-def _scaled(
-    frame: av.VideoFrame, aspect: float, clip: Clip, reformatter: av.video.reformatter.VideoReformatter
-) -> np.ndarray:
-    """(H, W, 3): scaled to cover, cropped in the middle, and then turned, when there is least to turn."""
-    matrix = display_matrix(frame)
-    height, width = (clip.width, clip.height) if is_sideways(matrix) else (clip.height, clip.width)
-    scale = max(height / frame.height, width / (frame.width * aspect))
-    full_height = max(round(frame.height * scale), height)
-    full_width = max(round(frame.width * aspect * scale), width)
-    rgb = reformatter.reformat(frame, full_width, full_height, "rgb24", interpolation="AREA").to_ndarray()
-    top, left = (full_height - height) // 2, (full_width - width) // 2
-    return _turned(rgb[top : top + height, left : left + width], matrix)
+class _Picture:
+    """Makes a frame of a stream a picture (H, W, 3) of a clip."""
+
+    def __init__(self, stream: av.VideoStream, clip: Clip):
+        self.clip, self.aspect, self.codec = clip, pixel_aspect(stream), stream.codec_context
+        self.reformatter = av.video.reformatter.VideoReformatter()  # keeps its tables; a frame's own makes them anew
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        """Scaled to cover, cropped in the middle, and only then turned, when there is least to turn."""
+        matrix, height, width = display_matrix(frame), self.clip.height, self.clip.width
+        if is_sideways(matrix):
+            height, width = width, height
+        scale = max(height / frame.height, width / (frame.width * self.aspect))
+        full_height = max(round(frame.height * scale), height)
+        full_width = max(round(frame.width * self.aspect * scale), width)
+        rgb = self._rgb(frame, full_height, full_width)
+        top, left = (full_height - height) // 2, (full_width - width) // 2
+        return _turned(rgb[top : top + height, left : left + width], matrix)
+
+    def _rgb(self, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
+        transfer = self.codec.color_trc  # what the first frame says, where the container says otherwise
+        layout = "rgb48le" if transfer in (PQ, HLG) else "rgb24"
+        rgb = self.reformatter.reformat(frame, width, height, layout, interpolation="AREA").to_ndarray()
+        return to_sdr(rgb, transfer) if transfer in (PQ, HLG) else rgb
 
 
 def _turned(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:

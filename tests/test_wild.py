@@ -12,6 +12,7 @@ import pytest
 
 from data.clip import Clip
 from data.decode import Rejected, decode_clip
+from data.hdr import HLG, PQ, to_sdr
 from data.mp4 import write_mp4
 from data.probe import probe
 from data.shards import MEASURED
@@ -101,6 +102,31 @@ def test_deep_and_odd_sized_pictures_decode(options):
     video = muxed(H264 | options)
     np.testing.assert_allclose(greys(video, 32, 48), GREYS, atol=4)
     assert probe(video)["width"] == options.get("width", 48)
+
+
+def grey(nits: float, transfer: int) -> np.ndarray:
+    """A pixel of HDR, by the formulas of BT.2100 (for a screen of 1000 nits)."""
+    if transfer == PQ:
+        light = (nits / 10000) ** 0.1593017578125
+        signal = ((0.8359375 + 18.8515625 * light) / (1 + 18.6875 * light)) ** 78.84375
+    else:
+        scene = (nits / 1000) ** (1 / 1.2)
+        signal = (3 * scene) ** 0.5 if scene <= 1 / 12 else 0.17883277 * np.log(12 * scene - 0.28466892) + 0.55991073
+    return np.full((1, 1, 3), round(65535 * signal), np.uint16)
+
+
+@pytest.mark.parametrize("transfer", [PQ, HLG])
+def test_hdr_keeps_its_shadows_and_rolls_off_its_highlights(transfer):
+    shown = [int(to_sdr(grey(nits, transfer), transfer)[0, 0, 1]) for nits in (0, 10, 50, 80, 203, 500, 1000)]
+    assert shown[:4] == pytest.approx([255 * (nits / 203) ** (1 / 2.4) for nits in (0, 10, 50, 80)], abs=2)
+    assert 200 < shown[4] < shown[5] < shown[6] and shown[6] == 255
+
+
+def test_an_hdr_video_is_shown_as_sdr():
+    plain, hdr = muxed(H264 | {"pix_fmt": "yuv420p10le"}), muxed(H264 | {"pix_fmt": "yuv420p10le", "color_trc": PQ})
+    expected = to_sdr(np.repeat(GREYS.astype(np.uint16)[:, :, None] * 257, 3, 2), PQ)[:, :, 0]
+    assert np.abs(greys(plain, 32, 48) - expected).max() > 50
+    np.testing.assert_allclose(greys(hdr, 32, 48), expected, atol=8)
 
 
 def test_of_several_streams_the_moving_picture_counts():
