@@ -24,7 +24,7 @@ def decode_clip(video: bytes, clip: Clip, start: float = 0.0, semantic_only: boo
     semantic stream only.
 
     The frame of a grid time is the one whose display interval holds that time. The picture is turned as the video's
-    display matrix says, scaled to cover the clip's size and cropped in the middle.
+    display matrix says, scaled, with square pixels, to cover the clip's size, and cropped in the middle.
     """
     wanted = ((clip.semantic_times if semantic_only else clip.times) + start).tolist()
     frames: list[np.ndarray] = []
