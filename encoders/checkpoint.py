@@ -1,0 +1,303 @@
+"""Published weights: found, opened without executing anything, read tensor by tensor, loaded strictly."""
+
+import argparse
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lightning_semgen.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SUFFIXES = (".safetensors", ".pth", ".pt", ".npz")
+SHOWN = 3  # names in an error
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tensors of a published file become ours.
+
+    Attributes:
+        anchor: the end of one tensor's name; what stands before it in the file is the prefix of all.
+        read: one of our names, and what gives tensors by their name after the prefix, to our tensor.
+        ignorable: pattern of names that belong to something else: head, decoder, predictor, language model.
+    """
+
+    anchor: str
+    read: Callable[[str, Mapping[str, Tensor]], Tensor]
+    ignorable: str
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for.
+
+    Attributes:
+        path: the file, or the index of several.
+        files: name to the .safetensors, .pt, .pth or .npz file that holds that tensor.
+    """
+
+    def __init__(self, path: Path, hub_id: str = "HUB_ID"):
+        self.path, self.hub_id, self._open = path, hub_id, {}
+        if path.name == INDEX:
+            shards = json.loads(path.read_text())["weight_map"]
+            self.files = {name: path.parent / shard for name, shard in shards.items()}
+        else:
+            with refusals(path):
+                self.files = dict.fromkeys(self._tensors(path), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with refusals(self.files[name]):
+            return self._tensors(self.files[name])[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files  # without reading it
+
+    def __iter__(self):
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def json(self, name: str) -> dict:
+        """A JSON file beside the weights; {} where there is none."""
+        path = self.path.parent / name
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def require(self, prefix: str) -> None:
+        """UserError with the command that fetches what is missing of the files with that prefix's tensors."""
+        shards = {path for name, path in self.files.items() if name.startswith(prefix)}
+        missing = " ".join(sorted(path.name for path in shards if not path.is_file()))
+        if missing:
+            total = self.json(INDEX)["metadata"]["total_size"] / len(set(self.files.values()))
+            raise UserError(
+                f"{self.path} names files that are not there: fetch them with `hf download {self.hub_id} {missing}`"
+                f" (about {total * len(missing.split()) / 1e9:.1f} GB)."
+            )
+
+    def _tensors(self, path: Path) -> Mapping[str, Tensor]:
+        if path not in self._open:
+            self._open[path] = OPENERS[path.suffix](path)
+        return self._open[path]
+
+
+@contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """What the libraries say of a file that they cannot or must not read, in one sentence."""
+    try:
+        yield
+    except (SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path} cannot be read ({reason}): it is not whole, or holds pickled objects, which are not executed."
+        ) from error
+
+
+class _Safetensors(Mapping[str, Tensor]):
+    def __init__(self, path: Path):
+        self.file = safe_open(path, "pt")
+        self.names = list(self.file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file.get_tensor(name)
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class _Arrays(_Safetensors):
+    def __init__(self, path: Path):
+        self.file = np.load(path, allow_pickle=False)  # reads an array when it is asked for
+        self.names = self.file.files
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.from_numpy(self.file[name])
+
+
+def _torch_file(path: Path) -> dict[str, Tensor]:
+    with torch.serialization.safe_globals([argparse.Namespace]):  # which trainers leave beside the weights
+        mmap = zipfile.is_zipfile(path)  # not so the format of before torch 1.6
+        return _flatten(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
+
+
+def _flatten(nested: dict, prefix: str = "") -> dict[str, Tensor]:
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, Tensor):
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+OPENERS = {".safetensors": _Safetensors, ".npz": _Arrays, ".pt": _torch_file, ".pth": _torch_file}
+
+
+def open_checkpoint(weights: str, file: str | None = None, download: str | None = None) -> Checkpoint:
+    """The weights at a path, or of a hub id in the local cache; nothing is downloaded.
+
+    Args:
+        weights: a file, a folder or a hub id.
+        file: which of a folder's files; None: the only one, or the index of several.
+        download: the command that fetches them, and their size, for the error.
+    """
+    path, hub_id = Path(weights), "HUB_ID"
+    if not path.exists():
+        path, hub_id = _cached(weights, download), weights
+    if path.is_dir():
+        path = _file_in(path, file, download or f"`hf download {weights}`")
+    if path.name != INDEX and path.suffix not in SUFFIXES:
+        raise UserError(f"{path} is no weights file: its name must end in {', '.join(SUFFIXES)}.")
+    return Checkpoint(path, hub_id)
+
+
+def _cached(hub_id: str, download: str | None) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        if download is None and (hub_id.count("/") != 1 or hub_id.endswith(SUFFIXES)):
+            raise UserError(
+                f"There are no weights at {hub_id}: that is neither a file or folder nor a hub id."
+            ) from error
+        raise UserError(
+            f"The weights {hub_id} are not here: fetch them with {download or f'`hf download {hub_id}`'}, or give the"
+            " folder or file that has them as `weights`."
+        ) from error
+
+
+def _file_in(folder: Path, file: str | None, download: str) -> Path:
+    if file is not None and (folder / file).is_file():
+        return folder / file
+    for name in (INDEX, "model.safetensors"):
+        if (folder / name).is_file():
+            return folder / name
+    found = next(filter(None, (sorted(folder.glob(f"*{suffix}")) for suffix in SUFFIXES)), [])
+    if not found:
+        raise UserError(f"There are no weights in {folder} ({', '.join(SUFFIXES)}): fetch them with {download}.")
+    if len(found) > 1:
+        raise UserError(f"{folder} has several weights files, {', '.join(p.name for p in found)}: give one of them.")
+    return found[0]
+
+
+def build_network(
+    build: Callable[[], nn.Module],
+    checkpoint: Checkpoint | None,
+    layouts: tuple[Layout, ...],
+    dtype: torch.dtype,
+    source: str = "",
+) -> nn.Module:
+    """The network that `build` makes, with the checkpoint's weights in `dtype`; without one, with random weights.
+
+    Args:
+        layouts: those that the family's files come in.
+        source: what the prefix must begin with, where a file holds several encoders.
+    """
+    if checkpoint is None:
+        warnings.warn("The encoder has random weights: its features mean nothing.", stacklevel=2)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same features in every process
+            return build().to(dtype)
+    with torch.device("meta"):
+        network = build()
+    layout, prefix = _recognise(checkpoint, layouts, source)
+    load_strictly(network, checkpoint, layout, prefix, dtype)
+    return network
+
+
+def _recognise(checkpoint: Checkpoint, layouts: tuple[Layout, ...], source: str) -> tuple[Layout, str]:
+    for layout in layouts:
+        found = [name.removesuffix(layout.anchor) for name in checkpoint if name.endswith(layout.anchor)]
+        prefixes = [prefix for prefix in found if prefix.startswith(source)] if len(found) > 1 else found
+        if len(prefixes) > 1:
+            raise UserError(f"{checkpoint.path} holds several encoders, {', '.join(prefixes)}: save one of them alone.")
+        if prefixes:
+            return layout, prefixes[0]
+    anchors = " or ".join(f"…{layout.anchor}" for layout in layouts)
+    raise UserError(
+        f"{checkpoint.path} is of another family: it has no tensor {anchors}, but {_some(list(checkpoint))}."
+    )
+
+
+class _Reader(Mapping[str, Tensor]):
+    """A checkpoint's tensors by their names after the prefix; remembers which were asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str):
+        self.checkpoint, self.prefix, self.used = checkpoint, prefix, set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self.prefix + name not in self.checkpoint:
+            raise KeyError(self.prefix + name)
+        self.used.add(self.prefix + name)
+        return self.checkpoint[self.prefix + name]
+
+    def __contains__(self, name: str) -> bool:
+        return self.prefix + name in self.checkpoint
+
+    def __iter__(self):
+        return (name.removeprefix(self.prefix) for name in self.checkpoint if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def load_strictly(network: nn.Module, checkpoint: Checkpoint, layout: Layout, prefix: str, dtype: torch.dtype) -> None:
+    """Every tensor of the network from the file, and nothing in the file left over; else a UserError with the cause."""
+    checkpoint.require(prefix)
+    reader, state, missing, mismatched = _Reader(checkpoint, prefix), {}, [], []
+    for name, parameter in network.state_dict().items():
+        try:
+            tensor = layout.read(name, reader)
+        except KeyError as error:
+            missing.append(error.args[0])
+            continue
+        if tensor.shape == parameter.shape:
+            state[name] = tensor.to(dtype, copy=True)  # not a view of the mapped file
+        else:
+            mismatched.append(f"{name} {tuple(tensor.shape)} instead of {tuple(parameter.shape)}")
+    unexpected = [
+        name
+        for name in checkpoint
+        if name not in reader.used and not re.search(layout.ignorable, name.removeprefix(prefix))
+    ]
+    if missing or mismatched or unexpected:
+        raise UserError(_complaint(checkpoint.path, missing, mismatched, unexpected, len(state)))
+    network.load_state_dict(state, assign=True)
+
+
+def _complaint(path: Path, missing: list[str], mismatched: list[str], unexpected: list[str], good: int) -> str:
+    wrong = {"lacks": missing, "has another shape of": mismatched, "has the unknown": unexpected}
+    found = "; it ".join(f"{verb} {_some(names)}" for verb, names in wrong.items() if names)
+    return f"{path} does not fit: it {found}. {_cause(missing, mismatched, unexpected, good)}"
+
+
+def _cause(missing: list[str], mismatched: list[str], unexpected: list[str], good: int) -> str:
+    numbered = re.compile(r"(blocks|layers?)[._]\d+")
+    if mismatched or all(numbered.search(name) for name in missing + unexpected):
+        return (
+            "It is of another size: take that size's row, or give width, depth, heads, mlp, patch, frames and size as"
+            " options."
+        )
+    if len(missing) > good:
+        return "It is of another family, or of another version of this one."
+    if any(re.search("decoder|mask_token|predictor|head", name) for name in unexpected):
+        return "It is a pretraining file, with parts that this family's published files do not have."
+    return "It is of another version of this family, or was saved in part."
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
