@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil, floor, inf, sqrt
 from typing import Literal
 
 import torch
@@ -57,6 +58,7 @@ class PublishedEncoder(FrozenEncoder):
         checkpoint: weights; None: random ones.
         resolution: "native" keeps any aspect ratio and rounds the sides to whole cells; "authors" resizes and crops as
             the authors do.
+        min_pixels, max_pixels: smaller or larger frames are scaled to that area before their sides are rounded.
         semantic_grid: (T', H', W') to which the features are averaged; None: as they are.
         window: frames of a pass; None: as many as a clip had in training.
         dtype: of weights and activations. Pixels, rotary angles and features are float32.
@@ -73,6 +75,8 @@ class PublishedEncoder(FrozenEncoder):
         spec: Spec,
         checkpoint: Checkpoint | None,
         resolution: Literal["native", "authors"] = "native",
+        min_pixels: float = 0,
+        max_pixels: float = inf,
         semantic_grid: tuple[int, int, int] | None = None,
         window: int | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -84,6 +88,7 @@ class PublishedEncoder(FrozenEncoder):
         self.spec, self.resolution, self.dtype = spec, resolution, getattr(torch, dtype)
         self.dim, self.tubelet = spec.width, spec.tubelet
         self.cell = self.multiple = spec.patch  # pixels of a token's side, and what the sides must be multiples of
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.semantic_grid = semantic_grid and tuple(semantic_grid)
         self.window = window or spec.frames
         if self.window % self.tubelet:
@@ -102,10 +107,18 @@ class PublishedEncoder(FrozenEncoder):
     # Space
 
     def pixel_size(self, height: int, width: int) -> tuple[int, int]:
-        """(h, w) of the pixels that frames of that size become."""
-        if self.resolution == "authors":
+        """(h, w) of the pixels that frames of that size become (`smart_resize` of qwen_vl_utils, for all families)."""
+        if self.resolution == "authors" and self.spec.size is not None:
             return self.spec.size, self.spec.size
-        return tuple(max(1, round(side / self.multiple)) * self.multiple for side in (height, width))
+        sides, unit = (height, width), self.multiple
+        rounded = [max(1, round(side / unit)) * unit for side in sides]
+        if (area := rounded[0] * rounded[1]) > self.max_pixels:
+            shrink = sqrt(height * width / self.max_pixels)
+            rounded = [max(1, floor(side / shrink / unit)) * unit for side in sides]
+        elif area < self.min_pixels:
+            grow = sqrt(self.min_pixels / (height * width))
+            rounded = [ceil(side * grow / unit) * unit for side in sides]
+        return tuple(rounded)
 
     def resize(self, frames: Tensor) -> Tensor:
         """Frames (…, H, W) to grey levels (…, h, w)."""
@@ -145,7 +158,10 @@ class PublishedEncoder(FrozenEncoder):
         lacking = max(0, self.tubelet - clip.shape[1])
         clip = torch.cat([clip, clip[:, -1:].expand(-1, lacking, -1, -1, -1)], dim=1)
         windows = clip[:, : clip.shape[1] // self.tubelet * self.tubelet].split(self.window, dim=1)
-        features = torch.cat([encode(window).float() for window in windows], dim=1)
+        with torch.autocast(
+            clip.device.type, enabled=False
+        ):  # `dtype` says it, in a fit and in `lightning encode` alike
+            features = torch.cat([encode(window).float() for window in windows], dim=1)
         if self.semantic_grid is None:
             return features
         return F.adaptive_avg_pool3d(features.movedim(-1, 1), self.semantic_grid).movedim(1, -1)

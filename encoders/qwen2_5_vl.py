@@ -5,7 +5,6 @@ attention calls per windowed layer for 60 s at 480p) and gives its last blocks' 
 """
 
 from functools import partial
-from math import ceil, floor, sqrt
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from encoders.vit import EPS, patchify
 WINDOW = 8  # patches: 112 pixels
 MERGE = 2  # patches a side that the merger makes one token of
 PASS = 16  # frames; time is mixed within pairs only, so that any even number gives the same features
-MAX_PIXELS = 768 * 28 * 28  # of a video frame (qwen_vl_utils)
+MIN_PIXELS, MAX_PIXELS = 128 * 28 * 28, 768 * 28 * 28  # of a video frame (qwen_vl_utils)
 
 
 def attend_in_windows(q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
@@ -137,8 +136,8 @@ class Qwen2_5_VL(PublishedEncoder):
 
     Args:
         layer: None: after the merger; else patch tokens (14×14 pixels, the tower's width) after that many blocks.
-        min_pixels, max_pixels: frames of a smaller or larger area are scaled to it; None: for `resolution` authors what
-            preprocessor_config.json beside the weights says, else none and the video limit of qwen_vl_utils.
+        min_pixels, max_pixels: by default 0 and the limit of a video frame in qwen_vl_utils; for `resolution` authors
+            those of preprocessor_config.json beside the weights, or where there is none of qwen_vl_utils.
     """
 
     kernel = "bicubic"
@@ -149,18 +148,15 @@ class Qwen2_5_VL(PublishedEncoder):
         spec: Spec,
         checkpoint: Checkpoint | None,
         layer: int | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
         window: int = PASS,
         **options,
     ):
         super().__init__(spec, checkpoint, layer=layer, window=window, **options)
-        limits = {}
+        limits = {"max_pixels": MAX_PIXELS}
         if self.resolution == "authors":
-            limits = {"min_pixels": 128 * 28 * 28}
-            limits |= checkpoint.json("preprocessor_config.json") if checkpoint else {}
-        self.min_pixels = min_pixels or limits.get("min_pixels", 0)
-        self.max_pixels = max_pixels or limits.get("max_pixels", MAX_PIXELS)
+            limits |= {"min_pixels": MIN_PIXELS} | (checkpoint.json("preprocessor_config.json") if checkpoint else {})
+        self.min_pixels = options.get("min_pixels", limits.get("min_pixels", 0))
+        self.max_pixels = options.get("max_pixels", limits["max_pixels"])
         self.network = self.load(partial(Tower, spec), checkpoint)
         self.dim, self.cell = spec.out, spec.patch * MERGE
         self.multiple = self.cell
@@ -179,18 +175,6 @@ class Qwen2_5_VL(PublishedEncoder):
         }  # fmt: skip
         vision = config["vision_config"]
         return {ours: vision[theirs] for theirs, ours in names.items() if theirs in vision}
-
-    def pixel_size(self, height: int, width: int) -> tuple[int, int]:
-        """Sides rounded to whole tokens, of an area within the limits (smart_resize of qwen_vl_utils)."""
-        sides, unit = (height, width), self.multiple
-        rounded = [max(1, round(side / unit)) * unit for side in sides]
-        if (area := rounded[0] * rounded[1]) > self.max_pixels:
-            shrink = sqrt(height * width / self.max_pixels)
-            rounded = [max(1, floor(side / shrink / unit)) * unit for side in sides]
-        elif area < self.min_pixels:
-            grow = sqrt(self.min_pixels / (height * width))
-            rounded = [ceil(side * grow / unit) * unit for side in sides]
-        return tuple(rounded)
 
     def tokens(self, pixels: Tensor) -> Tensor:
         patches = patchify(pixels, self.tubelet, self.spec.patch)

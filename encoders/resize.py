@@ -29,12 +29,11 @@ def resize(frames: Tensor, height: int, width: int, kernel: str, antialias: bool
     With `antialias` as PIL and torchvision: the kernel widens when shrinking, and each pass rounds; without as OpenCV.
     """
     frames = frames.float()
-    with torch.autocast(frames.device.type, enabled=False):  # bfloat16 has no 256 grey levels
-        if frames.shape[-1] != width:
-            frames = frames @ _matrix(frames.shape[-1], width, kernel, antialias).to(frames.device).T
-            frames = frames.round().clamp(0, 255) if antialias else frames
-        if frames.shape[-2] != height:
-            frames = _matrix(frames.shape[-2], height, kernel, antialias).to(frames.device) @ frames
+    if frames.shape[-1] != width:
+        frames = frames @ _matrix(frames.shape[-1], width, kernel, antialias).to(frames.device).T
+        frames = frames.round().clamp(0, 255) if antialias else frames
+    if frames.shape[-2] != height:
+        frames = _matrix(frames.shape[-2], height, kernel, antialias).to(frames.device) @ frames
     return frames.round().clamp(0, 255)
 
 

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
+from conftest import CONFIGS
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from data.clip import Clip
 from encoders import ENCODERS, build_encoder
 from encoders.resize import KERNELS, resize
 from lightning_semgen.errors import UserError
@@ -474,7 +477,7 @@ def test_the_authors_resolution_is_the_trained_square(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tokens_compile_into_one_graph(name):
-    encoder = tiny(name)
+    encoder = tiny(name, **{} if name.startswith("timm") else {"depth": 2})
     pixels = encoder.preprocess(clip(4, 64, 96))
     with torch.no_grad():
         compiled = torch.compile(encoder.tokens, backend="eager", fullgraph=True)(pixels)
@@ -488,6 +491,8 @@ def test_half_precision_is_close(name, dtype):
     exact, half = tiny(name)(video), tiny(name, dtype=dtype)(video)
     assert half.dtype == torch.float32
     assert F.cosine_similarity(half, exact, dim=-1).mean() > 0.995
+    with torch.autocast("cpu", torch.bfloat16):  # changes nothing: a fit's precision is not the encoder's
+        assert torch.equal(tiny(name)(video), exact)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -498,6 +503,41 @@ def test_resize_is_pillow(kernel, size):
     expected = torch.from_numpy(np.array(expected)).permute(2, 0, 1).float()
     difference = (resize(image, *size, kernel) - expected).abs()
     assert difference.max() <= 1 and difference.mean() < 0.1
+
+
+# A fit on each family
+
+CONFIG_OF = dict(zip(("qwen2_5_vl", "vjepa2", "videomae2", "4ds", "timm"), FAMILIES, strict=True))
+SMALL_CLIPS = [
+    "--data.train_shards=shards/toy/train-*.tar", "--data.val_shards=shards/toy/heldout-*.tar",
+    "--data.num_frames=49", "--data.height=48", "--data.width=48",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIG_OF)
+def test_a_fit_on_each_family_runs_offline(config, workspace, lightning):
+    name = CONFIG_OF[config]
+    options = {"weights": "random", "semantic_grid": [2, 3, 3]} | FAMILIES[name]
+    command = f"fit -c configs/encoders/{config}.yaml"
+    assert f"lightning {command}" in (CONFIGS / f"encoders/{config}.yaml").read_text()
+    lightning(
+        *command.replace("configs", str(CONFIGS)).split(), f"--model.encoder={name}", "--model.size=toy",
+        f"--model.encoder_options={json.dumps(options)}", "--model.text_encoder=bytes", "--model.compressor_steps=1",
+        "--trainer.max_steps=2", *SMALL_CLIPS,
+    )  # fmt: skip
+    assert Path(f"runs/{config}/checkpoints/last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("config", CONFIG_OF)
+def test_the_configs_are_the_real_experiment(config):
+    settings = yaml.safe_load((CONFIGS / f"encoders/{config}.yaml").read_text())
+    model, data = settings["model"]["init_args"], settings["data"]
+    with torch.device("meta"):
+        encoder = build_encoder(model["encoder"], "random", **model["encoder_options"])
+    frames = Clip(data["num_frames"], data["height"], data["width"], 24.0, 1.6)
+    grid = encoder.grid(len(frames.semantic_times), frames.height, frames.width)
+    assert grid == (4, 10, 18) and len(encoder.seconds(frames.semantic_times)) == 4
+    assert model["encoder_options"].keys().isdisjoint({"weights", "width", "depth"})
 
 
 # Every row
