@@ -25,6 +25,10 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".npz")
 SHOWN = 3  # names in an error
 
 
+class MissingWeights(UserError):
+    """Weights that have to be fetched first; says how."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the tensors of a published file become ours.
@@ -81,7 +85,7 @@ class Checkpoint(Mapping[str, Tensor]):
         missing = " ".join(sorted(path.name for path in shards if not path.is_file()))
         if missing:
             total = self.json(INDEX)["metadata"]["total_size"] / len(set(self.files.values()))
-            raise UserError(
+            raise MissingWeights(
                 f"{self.path} names files that are not there: fetch them with `hf download {self.hub_id} {missing}`"
                 f" (about {total * len(missing.split()) / 1e9:.1f} GB)."
             )
@@ -173,7 +177,7 @@ def _cached(hub_id: str, download: str | None) -> Path:
             raise UserError(
                 f"There are no weights at {hub_id}: that is neither a file or folder nor a hub id."
             ) from error
-        raise UserError(
+        raise MissingWeights(
             f"The weights {hub_id} are not here: fetch them with {download or f'`hf download {hub_id}`'}, or give the"
             " folder or file that has them as `weights`."
         ) from error
@@ -187,7 +191,7 @@ def _file_in(folder: Path, file: str | None, download: str) -> Path:
             return folder / name
     found = next(filter(None, (sorted(folder.glob(f"*{suffix}")) for suffix in SUFFIXES)), [])
     if not found:
-        raise UserError(f"There are no weights in {folder} ({', '.join(SUFFIXES)}): fetch them with {download}.")
+        raise MissingWeights(f"There are no weights in {folder} ({', '.join(SUFFIXES)}): fetch them with {download}.")
     if len(found) > 1:
         raise UserError(f"{folder} has several weights files, {', '.join(p.name for p in found)}: give one of them.")
     return found[0]

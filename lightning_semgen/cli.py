@@ -18,6 +18,7 @@ from lightning_semgen import (
     toy_parts,  # noqa: F401
 )
 from lightning_semgen.callbacks import Progress, ShowVideos, Throughput, WriteResults
+from lightning_semgen.doctor import doctor
 from lightning_semgen.errors import UserError
 from lightning_semgen.runs import (
     LAST,
@@ -122,7 +123,7 @@ def encode(args: list[str]) -> None:
     cli.datamodule.prepare_data()
 
 
-COMMANDS = {"encode": encode}
+COMMANDS = {"encode": encode, "doctor": doctor}
 
 
 def user_error(error: BaseException | None) -> UserError | None:
