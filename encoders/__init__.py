@@ -1,10 +1,11 @@
 """The registry of frozen semantic encoders: one table, one function."""
 
-import warnings
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from encoders.base import FrozenEncoder
 from encoders.checkpoint import INDEX, Checkpoint, open_checkpoint
@@ -197,7 +198,7 @@ def options_of(adapter: type[FrozenEncoder]) -> set[str]:
 def published_weights(name: str, row: Row, weights: str | None) -> Checkpoint:
     """The checkpoint of a row, or other weights of its family; says so where its licence is non-commercial."""
     if row.licence.startswith("non-commercial"):
-        warnings.warn(f"The weights of {name} are {row.licence}.", stacklevel=3)
+        rank_zero_warn(f"The weights of {name} are {row.licence}.")
     if weights is None:
         return open_checkpoint(row.weights, row.files[-1] if row.files else None, row.download)
     return open_checkpoint(weights)

@@ -4,7 +4,6 @@ import argparse
 import json
 import pickle
 import re
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -211,7 +211,7 @@ def build_network(
         source: what the prefix must begin with, where a file holds several encoders.
     """
     if checkpoint is None:
-        warnings.warn("The encoder has random weights: its features mean nothing.", stacklevel=2)
+        rank_zero_warn("The encoder has random weights: its features mean nothing.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same features in every process
             return build().to(dtype)
@@ -219,6 +219,7 @@ def build_network(
         network = build()
     layout, prefix = _recognise(checkpoint, layouts, source)
     load_strictly(network, checkpoint, layout, prefix, dtype)
+    rank_zero_info(f"Encoder weights: {prefix}* of {checkpoint.path}")
     return network
 
 
@@ -226,10 +227,11 @@ def _recognise(checkpoint: Checkpoint, layouts: tuple[Layout, ...], source: str)
     for layout in layouts:
         found = [name.removesuffix(layout.anchor) for name in checkpoint if name.endswith(layout.anchor)]
         prefixes = [prefix for prefix in found if prefix.startswith(source)] if len(found) > 1 else found
-        if len(prefixes) > 1:
-            raise UserError(f"{checkpoint.path} holds several encoders, {', '.join(prefixes)}: save one of them alone.")
-        if prefixes:
+        if len(prefixes) == 1:
             return layout, prefixes[0]
+        if found:
+            wanted = f", and none or several begin with the source {source!r}" if source else ""
+            raise UserError(f"{checkpoint.path} holds several encoders, {', '.join(found)}{wanted}: save one alone.")
     anchors = " or ".join(f"…{layout.anchor}" for layout in layouts)
     raise UserError(
         f"{checkpoint.path} is of another family: it has no tensor {anchors}, but {_some(list(checkpoint))}."

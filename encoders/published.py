@@ -22,7 +22,7 @@ class Spec:
     """A published model: sizes, and the pixels it was trained on.
 
     Attributes:
-        frames, size: of the clips it was trained on; a pass takes that many frames at most.
+        frames, size: of the clips it was trained on; a size of None: any.
         mean, std: of the pixels, which are 0 to 1 before.
         out: D of the features, where that is not the width.
         full_attention: blocks that attend to a whole frame, where others attend in windows.

@@ -1,10 +1,10 @@
 """Any image encoder of timm, frame by frame: DINOv3, SigLIP 2, … (the comparison that the paper leaves out)."""
 
-import warnings
 from functools import partial
 
 import timm
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -61,7 +61,7 @@ class TimmEncoder(PublishedEncoder):
 
     def fill(self, net: nn.Module, weights: str, licence: str) -> None:
         if "nc" in licence:
-            warnings.warn(f"The weights {weights} are non-commercial ({licence}).", stacklevel=2)
+            rank_zero_warn(f"The weights {weights} are non-commercial ({licence}).")
         checkpoint = open_checkpoint(weights, download=f"`hf download {weights} model.safetensors`")
         load_strictly(net, checkpoint, LAYOUT, "", self.dtype)
 

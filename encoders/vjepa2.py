@@ -51,7 +51,7 @@ class VJEPA2(PublishedEncoder):
     kernel, short_side = "bilinear", (256, 224)
     layouts = (
         Layout("patch_embed.proj.weight", read_authors, r"^pos_embed$|^((target_)?encoder|predictor|opt|scaler)\."),
-        Layout("embeddings.patch_embeddings.proj.weight", read_transformers, r"^predictor\."),
+        Layout("embeddings.patch_embeddings.proj.weight", read_transformers, r"(^|\.)(predictor|pooler|classifier)\."),
     )
 
     def __init__(

@@ -70,6 +70,6 @@ def picture(encoder: FrozenEncoder, frames: Tensor, times: Tensor, label: str) -
     seconds = encoder.seconds(times)
     shown = frames[0, (times[None] - seconds[:, None]).abs().argmin(1)]
     colours = F.interpolate(pca_colours(features), shown.shape[-2:], mode="nearest")
-    grid = "×".join(map(str, features.shape[:3]))
+    grid = " x ".join(map(str, features.shape[:3]))
     labels = [f"{seconds[0]:.2f} to {seconds[-1]:.2f} s", f"{label}: {grid} features of {features.shape[-1]} channels"]
     return contact_sheet(torch.stack([shown, colours]), labels, min(len(shown), 6), width=288, columns=1)

@@ -1,5 +1,6 @@
 """The published families: exactly the authors' features, from every published layout, or an error that says why."""
 
+import argparse
 import json
 import os
 import re
@@ -128,6 +129,13 @@ def test_qwen_is_the_authors():
     assert_exact(build_encoder("qwen2_5_vl_7b", str(folder), layer=4).features(pixels), oracle["premerge"])
 
 
+def test_a_file_with_several_encoders_needs_the_right_source(tmp_path):
+    state = {"module.backbone.patch_embed.proj.weight": torch.ones(1)}
+    torch.save({"encoder": state, "ema_encoder": state}, tmp_path / "vjepa21.pt")
+    with pytest.raises(UserError, match="encoder.module.backbone., ema_encoder.*source 'target_encoder'"):
+        tiny("vjepa2_large", str(tmp_path))
+
+
 # Other cases, against the libraries' own classes with all weights random
 
 
@@ -213,7 +221,7 @@ def test_videomae2_layouts(layout, tmp_path):
     elif layout == "half":
         torch.save({"module": {name: tensor.half() for name, tensor in state.items()}}, file)
     else:
-        torch.save({"model": state}, file)
+        torch.save({"model": state, "args": argparse.Namespace(lr=1e-3), "epoch": 3}, file)
     pixels = torch.randn(1, 16, 3, patch * 4, patch * 4)
     reference = norm(model(pixels).last_hidden_state)
     sizes = FAMILIES["videomae2_base"] | {"patch": patch, "size": patch * 4}
