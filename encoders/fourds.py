@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders.checkpoint import Checkpoint, Layout
+from encoders.checkpoint import Checkpoint
+from encoders.loading import Layout, Tensors
 from encoders.published import PublishedEncoder, Spec
 from encoders.vit import VideoTransformer, patchify
 
@@ -22,7 +23,7 @@ NAMES = {
 }  # fmt: skip
 
 
-def read(name: str, file: dict[str, Tensor]) -> Tensor:
+def read(name: str, file: Tensors) -> Tensor:
     """Flax keeps inputs before outputs, heads on an axis of their own, and a convolution as (t, y, x, in, out)."""
     for ours, theirs in NAMES.items():
         name = name.replace(ours, theirs)

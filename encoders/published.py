@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoders.base import FrozenEncoder, pooled_seconds
-from encoders.checkpoint import Checkpoint, Layout, build_network
+from encoders.checkpoint import Checkpoint
+from encoders.loading import Layout, build_network
 from encoders.resize import crop_centre, resize, scaled_to
 from lightning_semgen.errors import UserError
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from encoders.checkpoint import Checkpoint, Layout
+from encoders.checkpoint import Checkpoint
+from encoders.loading import Layout, Tensors
 from encoders.published import PublishedEncoder, Spec
 from encoders.vit import EPS, patchify
 
@@ -127,7 +128,7 @@ class Tower(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def read(name: str, file: dict[str, Tensor]) -> Tensor:
+def read(name: str, file: Tensors) -> Tensor:
     return file["patch_embed.proj.weight"].flatten(1) if name == "patch_embed.weight" else file[name]
 
 

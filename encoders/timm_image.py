@@ -8,7 +8,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from encoders.checkpoint import Layout, build_network, load_strictly, open_checkpoint
+from encoders.checkpoint import open_checkpoint
+from encoders.loading import Layout, build_network, load_strictly
 from encoders.published import PublishedEncoder, Spec
 from lightning_semgen.errors import UserError
 

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoders.checkpoint import Checkpoint, Layout
+from encoders.checkpoint import Checkpoint
+from encoders.loading import Layout, Tensors
 from encoders.published import PublishedEncoder, Spec
 from encoders.vit import VideoTransformer, patchify
 
 
-def read(name: str, file: dict[str, Tensor]) -> Tensor:
+def read(name: str, file: Tensors) -> Tensor:
     if name.endswith("attn.qkv.bias"):
         q, v = (file[name.replace("qkv.bias", f"{part}_bias")] for part in "qv")
         return torch.cat([q, torch.zeros_like(q), v])  # keys have no bias

@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from encoders.checkpoint import Checkpoint, Layout
+from encoders.checkpoint import Checkpoint
+from encoders.loading import Layout, Tensors
 from encoders.published import PublishedEncoder, Spec, check_choice
 from encoders.vit import VideoTransformer, patchify
 
@@ -22,12 +23,12 @@ def rename(name: str, names: dict[str, str]) -> str:
     return name
 
 
-def read_authors(name: str, file: dict[str, Tensor]) -> Tensor:
+def read_authors(name: str, file: Tensors) -> Tensor:
     tensor = file[rename(name, AUTHORS_NAMES)]
     return tensor.flatten(1) if name == "patch_embed.weight" else tensor
 
 
-def read_transformers(name: str, file: dict[str, Tensor]) -> Tensor:
+def read_transformers(name: str, file: Tensors) -> Tensor:
     name = rename(name, TRANSFORMERS_NAMES)
     if ".qkv." in name:
         return torch.cat([file[name.replace("qkv", part)] for part in ("query", "key", "value")])
