@@ -159,9 +159,7 @@ class PublishedEncoder(FrozenEncoder):
         lacking = max(0, self.tubelet - clip.shape[1])
         clip = torch.cat([clip, clip[:, -1:].expand(-1, lacking, -1, -1, -1)], dim=1)
         windows = clip[:, : clip.shape[1] // self.tubelet * self.tubelet].split(self.window, dim=1)
-        with torch.autocast(
-            clip.device.type, enabled=False
-        ):  # `dtype` says it, in a fit and in `lightning encode` alike
+        with torch.autocast(clip.device.type, enabled=False):  # `dtype` alone says it, in `fit` and `encode` alike
             features = torch.cat([encode(window).float() for window in windows], dim=1)
         if self.semantic_grid is None:
             return features

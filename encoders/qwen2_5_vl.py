@@ -18,7 +18,7 @@ from encoders.vit import EPS, patchify
 
 WINDOW = 8  # patches: 112 pixels
 MERGE = 2  # patches a side that the merger makes one token of
-PASS = 16  # frames; time is mixed within pairs only, so that any even number gives the same features
+PASS = 4  # frames: any even number gives the same features, few stay in the processor's caches
 MIN_PIXELS, MAX_PIXELS = 128 * 28 * 28, 768 * 28 * 28  # of a video frame (qwen_vl_utils)
 
 

@@ -170,6 +170,15 @@ def test_vjepa2_off_the_square(monkeypatch, tmp_path):
     assert half.dtype == torch.float32 and F.cosine_similarity(half.flatten(1, 3), reference, dim=-1).mean() > 0.99
 
 
+def test_vjepa2_interpolated_positions_are_the_integers_on_the_trained_square():
+    square, wide = clip(4, 64, 64), clip(4, 64, 96)
+    integer, interpolated = (tiny("vjepa2_large", positions=p) for p in ("integer", "interpolated"))
+    torch.testing.assert_close(integer(square), interpolated(square), atol=1e-4, rtol=1e-4)
+    rotary = interpolated.rotary((1, 4, 7), torch.device("cpu"))
+    torch.testing.assert_close(rotary[0][:7:6], integer.rotary((1, 4, 4), torch.device("cpu"))[0][:4:3])
+    assert not torch.equal(integer(wide), interpolated(wide))
+
+
 def authors_videomae2(model: nn.Module, prefix: str, norm: str) -> dict[str, torch.Tensor]:
     """transformers' names to the authors'."""
     names = {
@@ -300,6 +309,20 @@ def test_4ds_layouts_and_resized_table(prefix, tmp_path):
         model.positions.movedim(-1, 1), (2, 6), mode="bicubic", antialias=True
     ).movedim(1, -1)
     assert_exact(encoder.features(wide), model(wide))
+
+
+@torch.no_grad()
+def test_timm_files_load_strictly(tmp_path):
+    import timm
+
+    model = randomise(timm.create_model("vit_tiny_patch16_224"), stem_scale=1)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    encoder = tiny("timm/vit_tiny_patch16_224", str(tmp_path))
+    pixels = torch.randn(1, 2, 3, 224, 224)
+    assert_exact(encoder.features(pixels), model.forward_features(pixels[0])[:, 1:])
+    with pytest.raises(UserError, match="lacks cls_token"):
+        save_file({"pos_embed": model.pos_embed.data}, tmp_path / "model.safetensors")
+        tiny("timm/vit_tiny_patch16_224", str(tmp_path))
 
 
 def save_qwen(folder: Path, prefix: str = "visual.") -> nn.Module:
