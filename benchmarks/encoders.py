@@ -3,8 +3,9 @@
 python benchmarks/encoders.py qwen2_5_vl_3b vjepa2_large videomae2_base 4ds_b [--seconds 60] [--depth 4] [--device cuda]
 
 The reference is transformers' class with SDPA, or for 4DS the authors' structure (flax: q, k and v apart, attention
-written out). Both have the same weights; the last column is how far their features are apart. Passes alternate and the
-faster of each counts, because other programs may be running. Memory is what a pass adds to what the weights take.
+written out). Both have the same weights; the last figure is how far their features are apart, max|d| / std. Passes
+alternate and the faster of each counts. Memory is what a pass adds to what the weights take. On a CPU the time is the
+process's own, because other programs may be running: OMP_NUM_THREADS=1.
 """
 
 import argparse
@@ -157,11 +158,12 @@ def peak_memory(device: torch.device, reset: bool = False) -> float:
 
 def measure(run: Callable[[Tensor], Tensor], pixels: Tensor) -> tuple[float, float, Tensor]:
     """Seconds, GB and features of one pass."""
-    before, start = peak_memory(pixels.device, reset=True), time.perf_counter()
+    clock = time.perf_counter if pixels.is_cuda else time.process_time
+    before, start = peak_memory(pixels.device, reset=True), clock()
     features = run(pixels).float()
     if pixels.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start, peak_memory(pixels.device) - before, features
+    return clock() - start, peak_memory(pixels.device) - before, features
 
 
 @torch.no_grad()
@@ -185,8 +187,8 @@ def compare(name: str, seconds: float | None, depth: int | None, device: str, dt
     apart = (features.reshape(expected.shape) - expected).abs().max() / expected.std()
     print(
         f"{name}, {len(encoder.network.blocks)} blocks, {frames} frames {size[0]}×{size[1]}:"
-        f" {1 / ours:.4f} clips/s ({frames / ours:.2f} frames/s, {memory:.2f} GB),"
-        f" reference {1 / theirs:.4f} clips/s ({their_memory:.2f} GB), ×{theirs / ours:.2f}, apart {apart:.0e}",
+        f" {1 / ours:.4f} clips/s ({frames / ours:.2f} frames/s, {memory:.2f} GB);"
+        f" reference {1 / theirs:.4f} clips/s ({their_memory:.2f} GB); ×{theirs / ours:.2f}, apart {apart:.0e}",
         flush=True,
     )
 

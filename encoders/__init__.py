@@ -164,12 +164,7 @@ def build_encoder(name: str, weights: str | None = None, **overrides) -> FrozenE
         overrides: the adapter's own options; of a published family also the fields of `Spec`, which win over a
             config.json beside the weights, which wins over the row.
     """
-    row_name = "timm/<model>" if name.startswith("timm/") else name
-    if row_name not in ENCODERS:
-        raise UserError(f"There is no encoder {name!r}; known encoders: {', '.join(ENCODERS)}.")
-    row = ENCODERS[row_name]
-    if row_name != name:
-        overrides["model"] = name.removeprefix("timm/")
+    row = row_of(name)
     if row is None:
         return None
     module, adapter = row.adapter.split(":")
@@ -179,13 +174,21 @@ def build_encoder(name: str, weights: str | None = None, **overrides) -> FrozenE
         raise UserError(
             f"The encoder {name!r} has no option {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}."
         )
+    if name.startswith("timm/"):
+        overrides["model"] = name.removeprefix("timm/")
     if row.spec is None:
         return adapter(weights or row.weights, **overrides).freeze()
     checkpoint = None if weights == "random" else published_weights(name, row, weights)
     config = adapter.read_config(checkpoint.json("config.json")) if checkpoint else {}
-    spec = replace(row.spec, **config | {key: value for key, value in overrides.items() if key in sizes})
-    options = {key: value for key, value in overrides.items() if key not in sizes}
-    return adapter(spec, checkpoint, **options).freeze()
+    spec = replace(row.spec, **config | {key: overrides.pop(key) for key in sizes & overrides.keys()})
+    return adapter(spec, checkpoint, **overrides).freeze()
+
+
+def row_of(name: str) -> Row | None:
+    row_name = "timm/<model>" if name.startswith("timm/") else name
+    if row_name not in ENCODERS:
+        raise UserError(f"There is no encoder {name!r}; known encoders: {', '.join(ENCODERS)}.")
+    return ENCODERS[row_name]
 
 
 def options_of(adapter: type[FrozenEncoder]) -> set[str]:

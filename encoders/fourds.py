@@ -55,7 +55,7 @@ class FourDS(PublishedEncoder):
     layouts = (Layout("encoder/patch_embedding/Conv_0/kernel", read, r"^params/layers_[^0]"),)
 
     def __init__(self, spec: Spec, checkpoint: Checkpoint | None, layer: int | None = None, **options):
-        super().__init__(spec, checkpoint, layer=layer, **options)
+        super().__init__(spec, layer=layer, **options)
         self.network = self.load(partial(LearnedPositions, spec), checkpoint)
         # Their list of features holds the patches twice, and lacks the last block's.
         self.network.cut(int((spec.depth + 1) * 0.95) - 2 if layer is None else layer, final_norm=False)

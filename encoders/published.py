@@ -56,7 +56,6 @@ class PublishedEncoder(FrozenEncoder):
 
     Args:
         spec: sizes.
-        checkpoint: weights; None: random ones.
         resolution: "native" keeps any aspect ratio and rounds the sides to whole cells; "authors" resizes and crops as
             the authors do.
         min_pixels, max_pixels: smaller or larger frames are scaled to that area before their sides are rounded.
@@ -74,7 +73,6 @@ class PublishedEncoder(FrozenEncoder):
     def __init__(
         self,
         spec: Spec,
-        checkpoint: Checkpoint | None,
         resolution: Literal["native", "authors"] = "native",
         min_pixels: float = 0,
         max_pixels: float = inf,
@@ -98,7 +96,7 @@ class PublishedEncoder(FrozenEncoder):
             raise UserError(f"layer {layer} is not one of the encoder's: 0 (patches) to {spec.depth}.")
 
     def load(self, build: Callable[[], nn.Module], checkpoint: Checkpoint | None, source: str = "") -> nn.Module:
-        """The network that `build` makes, with weights."""
+        """The network that `build` makes, with the checkpoint's weights; without one with random ones."""
         return build_network(build, checkpoint, self.layouts, self.dtype, source)
 
     def tokens(self, pixels: Tensor) -> Tensor:
@@ -156,8 +154,8 @@ class PublishedEncoder(FrozenEncoder):
         return self._in_passes(pixels, self.tokens)
 
     def _in_passes(self, clip: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        lacking = max(0, self.tubelet - clip.shape[1])
-        clip = torch.cat([clip, clip[:, -1:].expand(-1, lacking, -1, -1, -1)], dim=1)
+        if clip.shape[1] < self.tubelet:
+            clip = torch.cat([clip, clip[:, -1:].expand(-1, self.tubelet - clip.shape[1], -1, -1, -1)], dim=1)
         windows = clip[:, : clip.shape[1] // self.tubelet * self.tubelet].split(self.window, dim=1)
         with torch.autocast(clip.device.type, enabled=False):  # `dtype` alone says it, in `fit` and `encode` alike
             features = torch.cat([encode(window).float() for window in windows], dim=1)

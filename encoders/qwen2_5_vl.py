@@ -132,6 +132,14 @@ def read(name: str, file: Tensors) -> Tensor:
     return file["patch_embed.proj.weight"].flatten(1) if name == "patch_embed.weight" else file[name]
 
 
+def pixel_limits(resolution: str | None, checkpoint: Checkpoint | None) -> dict[str, int]:
+    """The areas between which frames are kept."""
+    if resolution != "authors":
+        return {"max_pixels": MAX_PIXELS}
+    file = checkpoint.json("preprocessor_config.json") if checkpoint else {}
+    return {"min_pixels": file.get("min_pixels", MIN_PIXELS), "max_pixels": file.get("max_pixels", MAX_PIXELS)}
+
+
 class Qwen2_5_VL(PublishedEncoder):
     """The merger's tokens, one for 28×28 pixels of two frames, as the language model gets them.
 
@@ -152,12 +160,8 @@ class Qwen2_5_VL(PublishedEncoder):
         window: int = PASS,
         **options,
     ):
-        super().__init__(spec, checkpoint, layer=layer, window=window, **options)
-        limits = {"max_pixels": MAX_PIXELS}
-        if self.resolution == "authors":
-            limits |= {"min_pixels": MIN_PIXELS} | (checkpoint.json("preprocessor_config.json") if checkpoint else {})
-        self.min_pixels = options.get("min_pixels", limits.get("min_pixels", 0))
-        self.max_pixels = options.get("max_pixels", limits["max_pixels"])
+        limits = pixel_limits(options.get("resolution"), checkpoint)
+        super().__init__(spec, layer=layer, window=window, **limits | options)
         self.network = self.load(partial(Tower, spec), checkpoint)
         self.dim, self.cell = spec.out, spec.patch * MERGE
         self.multiple = self.cell

@@ -38,8 +38,8 @@ class TimmEncoder(PublishedEncoder):
 
     def __init__(
         self,
-        weights: str | None = None,
-        model: str = "vit_base_patch16_dinov3.lvd1689m",
+        weights: str | None,
+        model: str,
         final_norm: bool = True,
         layer: int | None = None,
         window: int = PASS,
@@ -52,7 +52,7 @@ class TimmEncoder(PublishedEncoder):
             width=last["num_chs"], depth=len(net.feature_info), heads=0, mlp=0, patch=last["reduction"], tubelet=1,
             frames=1, size=facts.input_size[-1], mean=tuple(facts.mean), std=tuple(facts.std),
         )  # fmt: skip
-        super().__init__(spec, None, layer=layer, window=window, **options)
+        super().__init__(spec, layer=layer, window=window, **options)
         self.kernel, self.antialias = facts.interpolation, True
         self.short_side = None if facts.crop_mode == "squash" else (1, facts.crop_pct)
         self.indices, self.final_norm = 1 if layer is None else [layer - 1], final_norm

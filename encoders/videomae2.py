@@ -48,7 +48,7 @@ class VideoMAE2(PublishedEncoder):
         layer: int | None = None,
         **options,
     ):
-        super().__init__(spec, checkpoint, layer=layer, **options)
+        super().__init__(spec, layer=layer, **options)
         self.network = self.load(partial(VideoTransformer, spec, norm=True), checkpoint)
         self.network.cut(layer, final_norm)
         self.register_buffer("table", sinusoid_table(spec), persistent=False)

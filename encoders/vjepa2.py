@@ -65,7 +65,7 @@ class VJEPA2(PublishedEncoder):
         layer: int | None = None,
         **options,
     ):
-        super().__init__(spec, checkpoint, layer=layer, **options)
+        super().__init__(spec, layer=layer, **options)
         check_choice("positions", positions, ("integer", "interpolated"))
         check_choice("source", source, ("encoder", "target_encoder"))
         self.interpolated = positions == "interpolated"
