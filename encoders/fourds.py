@@ -71,6 +71,8 @@ class FourDS(PublishedEncoder):
 
     def positions(self, steps: int, height: int, width: int) -> Tensor:
         """(T', H', W', D): the table, cubic in space and time."""
+        if (steps, height, width) == self.spec.table:
+            return self.network.pos_embed
         table = self.network.pos_embed.float().movedim(-1, 0)  # (D, T', H', W')
         table = F.interpolate(table, (height, width), mode="bicubic", antialias=True).flatten(2)[None]
         table = F.interpolate(table, (steps, height * width), mode="bicubic", antialias=True)[0]

@@ -71,6 +71,8 @@ class VideoMAE2(PublishedEncoder):
 
     def positions(self, steps: int, height: int, width: int) -> Tensor:
         """(T', H', W', D): the table, bicubic in space, then linear in time (run_class_finetuning.py)."""
+        if (steps, height, width) == self.spec.table:
+            return self.table
         table = F.interpolate(self.table.movedim(-1, 1), (height, width), mode="bicubic")
         table = F.interpolate(table.permute(2, 1, 3, 0).flatten(1, 2), steps, mode="linear")
         return table.unflatten(1, (-1, width)).permute(3, 0, 2, 1)
