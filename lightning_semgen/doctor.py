@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import av
 import torch
@@ -26,7 +27,7 @@ def doctor(args: list[str]) -> None:
     """Pictures an encoder's features of a video: --encoder NAME --video FILE -o picture.png."""
     parser = ArgumentParser(prog="lightning doctor", description=doctor.__doc__)
     parser.add_argument("--encoder", type=str, required=True, help="a row of `encoders.ENCODERS`")
-    parser.add_argument("--encoder_options", type=dict, default={}, help="the encoder's own")
+    parser.add_argument("--encoder_options", type=dict[str, Any], default={}, help="the encoder's own")
     parser.add_argument("--video", type=str, required=True, help="any video file; its first 5 s are used")
     parser.add_argument("-o", "--output", type=str, default="features.png", help="the picture")
     options = parser.parse_args(args)

@@ -23,8 +23,8 @@ def test_a_picture_of_features_beside_the_frames(encoder, video, lightning):
 
 
 def test_random_weights_stand_in_for_missing_ones_and_are_said(video, lightning, capsys):
-    tiny = "{width: 48, depth: 1, heads: 4, mlp: 96}"
-    command = ("doctor", "--encoder", "4ds_b", "--encoder_options", tiny, "--video", video, "-o", "picture.png")
+    tiny = [f"--encoder_options.{option}" for option in ("width=48", "depth=1", "heads=4", "mlp=96")]
+    command = ("doctor", "--encoder", "4ds_b", *tiny, "--video", video, "-o", "picture.png")
     with pytest.warns(UserWarning, match="random weights"):
         lightning(*command, small=False)
     said = capsys.readouterr().err

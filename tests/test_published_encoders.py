@@ -26,7 +26,7 @@ from lightning_semgen.errors import UserError
 PARITY = Path(os.environ.get("SEMGEN_PARITY", Path(__file__).parents[2] / "shared/parity"))
 TINY = {"width": 48, "depth": 3, "heads": 4, "mlp": 100, "size": 64}
 FAMILIES = {
-    "qwen2_5_vl_3b": {"width": 64, "depth": 3, "heads": 4, "mlp": 100, "out": 96, "full_attention": (1,)},
+    "qwen2_5_vl_3b": {"width": 64, "depth": 3, "heads": 4, "mlp": 100, "out": 96, "full_attention": [1]},
     "vjepa2_large": TINY,
     "videomae2_base": TINY,
     "4ds_b": TINY,
@@ -553,8 +553,8 @@ def test_a_fit_on_each_family_runs_offline(config, workspace, lightning):
     assert f"lightning {command}" in (CONFIGS / f"encoders/{config}.yaml").read_text()
     lightning(
         *command.replace("configs", str(CONFIGS)).split(), f"--model.encoder={name}", "--model.size=toy",
-        f"--model.encoder_options={json.dumps(options)}", "--model.text_encoder=bytes", "--model.compressor_steps=1",
-        "--trainer.max_steps=2", *SMALL_CLIPS,
+        *[f"--model.encoder_options.{option}={value}" for option, value in options.items()],
+        "--model.text_encoder=bytes", "--model.compressor_steps=1", "--trainer.max_steps=2", *SMALL_CLIPS,
     )  # fmt: skip
     assert Path(f"runs/{config}/checkpoints/last.ckpt").is_file()
 
