@@ -25,7 +25,7 @@ class Row:
         licence: of the weights; one that begins with "non-commercial" is said when they are loaded.
         spec: sizes of a published model.
         files: what is needed of the hub id, the weights last.
-        size: of these files.
+        download_size: of these files.
         url: of the weights, where they are not on the hub.
         run: whether it was run here at full size, with random weights.
     """
@@ -35,7 +35,7 @@ class Row:
     licence: str
     spec: Spec | None = None
     files: tuple[str, ...] = ()
-    size: str = ""
+    download_size: str = ""
     url: str | None = None
     run: bool = True
 
@@ -43,13 +43,13 @@ class Row:
     def download(self) -> str:
         """The command that fetches the default weights, and their size."""
         command = f"curl -LO {self.url}" if self.url else f"hf download {self.weights} {' '.join(self.files)}"
-        return f"`{command}` ({self.size})"
+        return f"`{command}` ({self.download_size})"
 
 
 QWEN = {
     "adapter": "encoders.qwen2_5_vl:Qwen2_5_VL",
     "files": ("config.json", "preprocessor_config.json", INDEX),
-    "size": "under 1 MB; it names the files with the vision tower, which are then asked for",
+    "download_size": "under 1 MB; it names the files with the vision tower, which are then asked for",
 }
 VJEPA2 = {"adapter": "encoders.vjepa2:VJEPA2", "licence": "MIT", "files": ("config.json", "model.safetensors")}
 VIDEOMAE2 = {
@@ -94,44 +94,50 @@ ENCODERS: dict[str, Row | None] = {
     ),
     "qwen2_5_vl_72b": Row(weights="Qwen/Qwen2.5-VL-72B-Instruct", licence="Qwen", spec=qwen_spec(3456, 8192), **QWEN),
     "vjepa2_large": Row(
-        weights="facebook/vjepa2-vitl-fpc64-256", spec=vjepa2_spec(1024, 24, 16, 4096), size="about 1.3 GB", **VJEPA2
+        weights="facebook/vjepa2-vitl-fpc64-256",
+        spec=vjepa2_spec(1024, 24, 16, 4096),
+        download_size="about 1.3 GB",
+        **VJEPA2,
     ),
     "vjepa2_huge": Row(
-        weights="facebook/vjepa2-vith-fpc64-256", spec=vjepa2_spec(1280, 32, 16, 5120), size="about 2.6 GB", **VJEPA2
+        weights="facebook/vjepa2-vith-fpc64-256",
+        spec=vjepa2_spec(1280, 32, 16, 5120),
+        download_size="about 2.6 GB",
+        **VJEPA2,
     ),
     "vjepa2_giant": Row(
         weights="facebook/vjepa2-vitg-fpc64-256",
         spec=vjepa2_spec(1408, 40, 22, 6144),
-        size="about 4.1 GB",
+        download_size="about 4.1 GB",
         run=False,
         **VJEPA2,
     ),
     "vjepa2_giant_384": Row(
         weights="facebook/vjepa2-vitg-fpc64-384",
         spec=vjepa2_spec(1408, 40, 22, 6144, size=384),
-        size="about 4.1 GB",
+        download_size="about 4.1 GB",
         run=False,
         **VJEPA2,
     ),
     "videomae2_small": Row(
         weights="OpenGVLab/VideoMAE2",
         spec=Spec(384, 12, 6, 1536),
-        size="about 0.1 GB",
+        download_size="about 0.1 GB",
         **VIDEOMAE2 | {"licence": "Apache-2.0", "files": ("distill/vit_s_k710_dl_from_giant.pth",)},
     ),
     "videomae2_base": Row(
-        weights="OpenGVLab/VideoMAEv2-Base", spec=Spec(768, 12, 12, 3072), size="about 0.35 GB", **VIDEOMAE2
+        weights="OpenGVLab/VideoMAEv2-Base", spec=Spec(768, 12, 12, 3072), download_size="about 0.35 GB", **VIDEOMAE2
     ),
     "videomae2_large": Row(
-        weights="OpenGVLab/VideoMAEv2-Large", spec=Spec(1024, 24, 16, 4096), size="about 1.2 GB", **VIDEOMAE2
+        weights="OpenGVLab/VideoMAEv2-Large", spec=Spec(1024, 24, 16, 4096), download_size="about 1.2 GB", **VIDEOMAE2
     ),
     "videomae2_huge": Row(
-        weights="OpenGVLab/VideoMAEv2-Huge", spec=Spec(1280, 32, 16, 5120), size="about 2.5 GB", **VIDEOMAE2
+        weights="OpenGVLab/VideoMAEv2-Huge", spec=Spec(1280, 32, 16, 5120), download_size="about 2.5 GB", **VIDEOMAE2
     ),
     "videomae2_giant": Row(
         weights="OpenGVLab/VideoMAEv2-giant",
         spec=Spec(1408, 40, 16, 6144, patch=14),
-        size="about 4.1 GB",
+        download_size="about 4.1 GB",
         run=False,
         **VIDEOMAE2,
     ),
@@ -139,14 +145,14 @@ ENCODERS: dict[str, Row | None] = {
         weights="scaling4d_dist_b.npz",
         spec=fourds_spec(768, 12, 12, 3072),
         url=f"{FOURDS_URL}/scaling4d_dist_b.npz",
-        size="334 MB",
+        download_size="334 MB",
         **FOURDS,
     ),
     "4ds_e": Row(
         weights="scaling4d_e.npz",
         spec=fourds_spec(1792, 56, 16, 15360),
         url=f"{FOURDS_URL}/scaling4d_e.npz",
-        size="14 GB",
+        download_size="14 GB",
         run=False,
         **FOURDS,
     ),

@@ -45,7 +45,9 @@ def clip(frames: int = 4, height: int = 64, width: int = 64, seed: int = 0) -> t
 
 def assert_exact(features: torch.Tensor, reference: torch.Tensor) -> None:
     """In float32, relative to the spread of the features."""
-    assert (features.reshape(reference.shape) - reference).abs().max() / reference.std() <= 5e-5
+    apart = (features.reshape(reference.shape) - reference).abs().max() / reference.std()
+    print(f"features: max|d| / std {apart:.1e}")  # pytest -rP shows it
+    assert apart <= 5e-5
 
 
 @torch.no_grad()
@@ -74,7 +76,9 @@ def fixture(name: str) -> tuple[Path, dict[str, torch.Tensor]]:
 
 
 def check_preprocessing(encoder, oracle: dict, pixels: torch.Tensor) -> None:
-    assert (encoder.preprocess(oracle["frames"]) - pixels).abs().mean() < 0.01
+    apart = (encoder.preprocess(oracle["frames"]) - pixels).abs().mean()
+    print(f"pixels: mean|d| {apart:.1e}")
+    assert apart < 0.01
 
 
 @pytest.mark.parametrize("source", ["encoder", "target_encoder"])
