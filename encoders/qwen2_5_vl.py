@@ -52,7 +52,7 @@ def parts(length: int, window: int) -> list[tuple[slice, int]]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns channel i with channel i + d/2 of x (B, H', W', heads, d), in float32."""
     first, second = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return torch.addcmul(x.float() * cos, torch.cat((-second, first), dim=-1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):

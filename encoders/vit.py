@@ -39,7 +39,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the neighbouring channels (0, 1), (2, 3), … of x (…, N, d), in float32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return (x.float() * cos + turned * sin).to(x.dtype)
+    return torch.addcmul(x.float() * cos, turned, sin).to(x.dtype)
 
 
 class Block(nn.Module):
