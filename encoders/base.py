@@ -60,3 +60,9 @@ class FrozenEncoder(Frozen):
         """uint8 frames (B, T, 3, H, W) to features (B, T', H', W', D); frames beyond whole tubelets are unused."""
         whole = frames.shape[1] // self.tubelet * self.tubelet
         return self.features(self.preprocess(frames[:, :whole]))
+
+
+def pooled_seconds(seconds: Tensor, steps: int) -> Tensor:
+    """Token times (T',) after adaptive average pooling of time to that many steps: each is its last token's."""
+    last = [-(-(step + 1) * len(seconds) // steps) - 1 for step in range(steps)]
+    return seconds[last]

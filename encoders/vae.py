@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from encoders.base import Frozen, FrozenEncoder
+from encoders.base import Frozen, FrozenEncoder, pooled_seconds
 from encoders.toy_vae import ToyVideoVAE
 from lightning_semgen.errors import UserError
 
@@ -80,9 +80,7 @@ class VAEEncoder(FrozenEncoder):
         return self.semantic_grid
 
     def seconds(self, times: Tensor) -> Tensor:
-        latents, steps = self.vae.seconds(times), self.semantic_grid[0]
-        last = [-(-(step + 1) * len(latents) // steps) - 1 for step in range(steps)]  # where adaptive pooling ends
-        return latents[last]
+        return pooled_seconds(self.vae.seconds(times), self.semantic_grid[0])
 
     def preprocess(self, frames: Tensor) -> Tensor:
         return frames

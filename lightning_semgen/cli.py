@@ -19,6 +19,7 @@ from lightning_semgen import (
     toy_parts,  # noqa: F401
 )
 from lightning_semgen.callbacks import Progress, ShowVideos, Throughput, WriteResults
+from lightning_semgen.doctor import doctor
 from lightning_semgen.errors import UserError
 from lightning_semgen.runs import (
     LAST,
@@ -128,7 +129,7 @@ def pack(args: list[str]) -> None:
     auto_cli(pack_videos, args=args, prog="lightning pack")
 
 
-COMMANDS = {"pack": pack, "encode": encode}
+COMMANDS = {"pack": pack, "encode": encode, "doctor": doctor}
 
 
 def user_error(error: BaseException | None) -> UserError | None:

@@ -54,12 +54,16 @@ def animated_grid(videos: Tensor, labels: Sequence[str], fps: float, columns: in
     return buffer.getvalue()
 
 
-def contact_sheet(videos: Tensor, labels: Sequence[str], frames: int = 6) -> Image.Image:
-    """One row for each video uint8 (B, T, 3, H, W): that many frames from first to last, above the label."""
+def contact_sheet(
+    videos: Tensor, labels: Sequence[str], frames: int = 6, width: int = 72, columns: int = 2
+) -> Image.Image:
+    """One row for each video uint8 (B, T, 3, H, W): that many frames, `width` wide, above the label."""
     array = _channels_last(videos)
     steps = np.linspace(0, array.shape[1] - 1, frames).round().astype(int)
     strips = np.concatenate([array[:, step] for step in steps], axis=2)  # (B, H, frames·W, 3)
-    return _grid([_labelled(strip, 72 * frames, label) for strip, label in zip(strips, labels, strict=True)], 2)
+    return _grid(
+        [_labelled(strip, width * frames, label) for strip, label in zip(strips, labels, strict=True)], columns
+    )
 
 
 def add_animation(writer: SummaryWriter, tag: str, gif: bytes, step: int) -> None:

@@ -4,6 +4,7 @@ import math
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -69,7 +70,7 @@ class Stage(LightningModule):
         self,
         clip: Clip,
         encoder: str = "toy",
-        encoder_options: dict | None = None,
+        encoder_options: dict[str, Any] | None = None,
         compressor: str = "learn",
         semantic_dim: int | None = 8,
         size: str = "toy",

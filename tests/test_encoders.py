@@ -1,4 +1,4 @@
-"""Every row of the registry keeps the contract; VAEs go there and back."""
+"""The embedded encoders keep the contract; VAEs go there and back."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def frames():
     return torch.stack([decode_clip(toy_clip("heldout", index, 0)[1], CLIP) for index in range(2)])
 
 
-@pytest.mark.parametrize("name", [name for name, row in ENCODERS.items() if row is not None])
+@pytest.mark.parametrize("name", [name for name, row in ENCODERS.items() if row and not row.spec and "/" not in name])
 def test_contract(name, frames):
     encoder = build_encoder(name)
     times = CLIP.times if encoder.stream == "video" else CLIP.semantic_times
