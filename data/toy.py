@@ -11,7 +11,7 @@ from data.mp4 import write_mp4
 COLOURS = {"red": (222, 36, 40), "green": (32, 176, 64), "blue": (40, 76, 224), "yellow": (242, 212, 32)}
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}  # axis (x, y), sign
-SIZES = {"small": 8 / 48, "large": 11 / 48}  # radius / short side of the frame
+SIZES = {"small": 10 / 48, "large": 14 / 48}  # radius / short side of the frame
 SPLITS = ("train", "heldout")
 
 # All shapes have the area of a disc of radius 1: half the side of the square, inradius of the triangle.
@@ -157,7 +157,7 @@ def _path(
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Nearly grey float32 (3, H, W), 0 to 255: far in saturation from every colour of a sprite."""
-    angle, phase, waves = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi), rng.uniform(1.5, 4)
+    angle, phase, waves = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 2)
     y, x = np.mgrid[:height, :width] / min(height, width) - 0.5
     along, across = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     pattern = {
@@ -166,6 +166,6 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
         "stripes": np.sin(2 * np.pi * waves * along + phase),
         "checker": np.tanh(8 * np.sin(np.pi * waves * along + phase) * np.sin(np.pi * waves * across)),
     }[rng.choice(["plain", "gradient", "stripes", "checker"])]
-    grey = rng.uniform(40, 215) + rng.uniform(8, 24) * pattern
+    grey = rng.uniform(40, 215) + rng.uniform(6, 16) * pattern
     tint = rng.uniform(-7, 7, 3)[:, None, None]
     return np.clip(grey + tint, 0, 255).astype(np.float32)

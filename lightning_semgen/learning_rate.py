@@ -35,6 +35,6 @@ def adamw(
     if compressor:
         groups.append({"params": compressor, "weight_decay": 0.0})
         factors.append(partial(factor, warmup=warmup, end=compressor_steps))
-    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

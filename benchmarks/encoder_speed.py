@@ -1,6 +1,6 @@
 """Speed and memory of the published encoders against their reference, with random weights, in one process.
 
-python benchmarks/encoders.py qwen2_5_vl_3b vjepa2_large videomae2_base 4ds_b [--seconds 60] [--depth 4] [--device cuda]
+python benchmarks/encoder_speed.py qwen2_5_vl_3b vjepa2_large videomae2_base 4ds_b [--seconds 60] [--depth 4] [--device cuda]
 
 The reference is transformers' class with SDPA, or for 4DS the authors' structure (flax: q, k and v apart, attention
 written out). Both have the same weights; the last figure is how far their features are apart, max|d| / std. Passes
@@ -10,16 +10,12 @@ process's own, because other programs may be running: OMP_NUM_THREADS=1.
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before this folder, whose `encoders` is this file
 
 from encoders import ENCODERS, build_encoder
 from encoders.published import PublishedEncoder
