@@ -1,6 +1,6 @@
 """Speed and memory of the published encoders against their reference, with random weights, in one process.
 
-python benchmarks/encoder_speed.py qwen2_5_vl_3b vjepa2_large videomae2_base 4ds_b [--seconds 60] [--depth 4] [--device cuda]
+python benchmarks/encoder_speed.py qwen2_5_vl_3b vjepa2_large videomae2_base 4ds_b [--seconds 60] [--device cuda]
 
 The reference is transformers' class with SDPA, or for 4DS the authors' structure (flax: q, k and v apart, attention
 written out). Both have the same weights; the last figure is how far their features are apart, max|d| / std. Passes
