@@ -272,6 +272,12 @@ class Stage(LightningModule):
         """uint8 frames (B, T, 3, H, W) for prompts; row b depends on its prompt and key alone."""
         raise NotImplementedError
 
+    def reference_semantics(self, batch: dict) -> Tensor:
+        """z_sem (B, T', H', W', d) of reference videos; row b depends on its video and key alone."""
+        if self.space is None:
+            raise UserError("A reference is followed through its semantics, and a run with encoder none has none.")
+        return self.space(batch)
+
     def test_step(self, batch: dict, batch_idx: int) -> Tensor:
         videos = self.videos(batch["caption"], batch["key"])
         if all(name in info for info in batch["info"] for name in Adherence.attributes):

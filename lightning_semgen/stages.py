@@ -66,6 +66,8 @@ class SemanticStage(Stage):
         return self.partner.render(captions, keys, self.sample_semantics(captions, keys))
 
     def predict_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
+        if "reference" in batch:
+            return {"semantics": self.reference_semantics(batch)}
         return {"semantics": self.sample_semantics(batch["caption"], batch["key"])}
 
 
@@ -182,7 +184,10 @@ class LatentStage(Stage):
         return self.render(captions, keys, z_sem)
 
     def predict_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
-        return {"videos": self.videos(batch["caption"], batch["key"])}
+        captions, keys = batch["caption"], batch["key"]
+        if "reference" in batch:
+            return {"videos": self.render(captions, keys, self.reference_semantics(batch))}
+        return {"videos": self.videos(captions, keys)}
 
 
 def channels_first(z_sem: Tensor) -> Tensor:
