@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.mp4 import write_mp4
 from lightning_semgen.errors import UserError
+from lightning_semgen.generator import GeneratedVideo
 from lightning_semgen.pictures import add_animation, animated_grid, contact_sheet, evenly, file_name
 from lightning_semgen.stage import Stage, reports
 
@@ -150,10 +150,8 @@ class ReferenceSheet(Callback):
 
 def write_videos(folder: Path, videos: Tensor, batch: dict, stage: Stage) -> None:
     """mp4 files that carry prompt and seed."""
-    folder.mkdir(parents=True, exist_ok=True)
     for video, name, prompt, seed in zip(videos, file_names(batch), batch["caption"], batch["seed"], strict=True):
-        metadata = {"title": prompt, "comment": f"seed={seed}"}
-        write_mp4(video, folder / f"{name}.mp4", stage.clip.fps, metadata)
+        GeneratedVideo(video, stage.clip.fps, prompt, seed).save(folder / f"{name}.mp4")
 
 
 def write_semantics(folder: Path, semantics: Tensor, batch: dict, stage: Stage) -> None:

@@ -24,7 +24,7 @@ from lightning_semgen.semantics import SemanticSpace
 from lightning_semgen.transformer import Semantics, VideoTransformer, size_of
 
 
-class Generator(nn.Module):
+class GeneratorNetwork(nn.Module):
     """What is trained: the transformer and, if it is learnt, the text encoder."""
 
     def __init__(self, text: nn.Module, transformer: VideoTransformer):
@@ -104,7 +104,7 @@ class Stage(LightningModule):
         """Makes the generator of things with that many channels, and its EMA twin."""
         text = self._text[0]
         transformer = VideoTransformer(channels, text.dim, self.size, patch, semantic_dim, self.rotary_rate)
-        self.generator = Generator(text if text.learnt else nn.Identity(), transformer)
+        self.generator = GeneratorNetwork(text if text.learnt else nn.Identity(), transformer)
         self.ema = deepcopy(self.generator).requires_grad_(False)
 
     @property
@@ -145,7 +145,13 @@ class Stage(LightningModule):
     # Learning
 
     def flow_loss(
-        self, network: Generator, z_0: Tensor, batch: dict, t: Tensor, captions: list[str], semantics: Semantics | None
+        self,
+        network: GeneratorNetwork,
+        z_0: Tensor,
+        batch: dict,
+        t: Tensor,
+        captions: list[str],
+        semantics: Semantics | None,
     ) -> Tensor:
         """Squared error of the velocity of each sample (B,), at times t (B,)."""
         eps = keyed.normal(batch["key"], "noise", *z_0.shape[1:])

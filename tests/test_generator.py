@@ -1,8 +1,12 @@
-"""Videos generated from a reference's semantics: by the command and in Python, the same every time."""
+"""Videos from references, and from Python: the same as the command's, every time."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from conftest import CLIP, CONFIGS, SMALL
@@ -13,7 +17,9 @@ from data.datasets import References
 from data.decode import decode_clip
 from data.mp4 import write_mp4
 from data.toy import toy_clip
+from lightning_semgen import Generator
 from lightning_semgen.cli import run
+from lightning_semgen.errors import UserError
 from lightning_semgen.runs import last_checkpoint, load_checkpoint
 
 PREDICT = ("predict", "-c", "runs/latent_dim8/config.yaml")
@@ -105,3 +111,34 @@ def test_a_run_without_semantics_follows_no_reference(workspace, lightning, fail
     options = ("--model.encoder=none", "--data.encoded=null", "--trainer.max_steps=1")
     lightning("fit", "-c", f"{CONFIGS}/latent_dim8.yaml", *options)
     assert "encoder none" in fails(*PREDICT, f"--data.reference={videos}/a.mp4")
+
+
+def test_python_gives_the_commands_videos(trained, videos, lightning):
+    generate = Generator.from_runs(semantic="runs/dim8", latent="runs/latent_dim8", device="cpu")
+    (trained / "prompts.txt").write_text("a red circle moves left\n")
+    prompts = ("--data.prompts=prompts.txt", "--seed_everything=1")
+    ways = [(None, "--model.semantic_run=runs/dim8"), (videos / "b.mp4", f"--data.reference={videos}/b.mp4")]
+    for reference, option in ways:
+        lightning(*PREDICT, *prompts, option)
+        video = generate("a red circle moves left", seed=1, reference=reference)
+        video.save(trained / "python/x.mp4")
+        (written,) = (trained / "runs/latent_dim8/predict").glob("*.mp4")
+        assert written.read_bytes() == (trained / "python/x.mp4").read_bytes()
+        written.unlink()
+    with av.open(trained / "python/x.mp4") as file:
+        assert file.metadata["title"] == "a red circle moves left" and file.metadata["comment"] == "seed=1"
+    assert video.frames.shape == (49, 3, 48, 48) and video.frames.dtype == torch.uint8
+
+
+def test_many_prompts_and_references_are_a_list(trained, videos):
+    generate = Generator.from_runs("runs/latent_dim8")
+    both = generate(["one", "two"], reference=videos / "a.mp4")
+    assert [video.prompt for video in both] == ["one", "two"] and len(generate(reference=videos)) == 2
+    assert torch.equal(both[1].frames, generate("two", reference=videos / "a.mp4").frames)
+    with pytest.raises(UserError, match="name a LatentStage"):
+        Generator.from_runs("runs/dim8")
+
+
+def test_the_package_alone_imports_no_torch():
+    code = "import sys, lightning_semgen; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(CONFIGS.parent)})
