@@ -188,8 +188,9 @@ class Stage(LightningModule):
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         if self.learns_compressor and self.global_step == self.compressor_steps and not self._measured:
             data = self.trainer.datamodule
-            batches = (move_data_to_device(b, self.device) for b in data.stream(lambda: data.delivered))
-            self.space.measure(batches, data.batch_size * self.trainer.world_size)
+            stream = data.stream(lambda: data.delivered)
+            batches = (move_data_to_device(batch, self.device) for batch in stream)
+            self.space.measure(batches, len(stream.dataset.clips), data.batch_size * self.trainer.world_size)
             self._measured = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
