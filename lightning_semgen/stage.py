@@ -49,7 +49,8 @@ class Stage(LightningModule):
         size: a row of `transformer.SIZES`.
         text_encoder: "bytes" (small, learnt with the generator, reads 96 bytes), or hub id or folder of an encoder of
             transformers.
-        rotary_rate: rotary positions per second; null: the video's latents per second, fps / 4.
+        rotary_rate: rotary positions per second; null: the video's latents per second, fps / 4 for a VAE that
+            compresses time by 4.
         lr: peak learning rate, reached after `warmup_steps`, then falling by a cosine to 0 at trainer.max_steps.
         warmup_steps: optimiser steps of linear warm-up.
         weight_decay: AdamW's, not on biases and norms.
@@ -63,6 +64,7 @@ class Stage(LightningModule):
     """
 
     seconds: tuple[float, ...]  # of the steps of the generated thing
+    time_stride: int = 4  # frames of a latent step of the VAE
     shift: float  # of the flow's times, in training and sampling
     partner_run: str | None  # folder of the other stage's run, with which this one makes videos
 
@@ -87,7 +89,7 @@ class Stage(LightningModule):
         sampling_steps: int = 30,
     ):
         super().__init__()
-        self.clip, self.size, self.rotary_rate = clip, size_of(size), rotary_rate or clip.fps / 4
+        self.clip, self.size, self.rotary_rate = clip, size_of(size), rotary_rate
         self.lr, self.warmup_steps, self.weight_decay, self.ema_decay = lr, warmup_steps, weight_decay, ema_decay
         self.kl_weight, self.prompt_dropout = kl_weight, prompt_dropout
         self.guidance_scale, self.sampling_steps = guidance_scale, sampling_steps
@@ -103,7 +105,8 @@ class Stage(LightningModule):
     def build_generator(self, channels: int, patch: tuple[int, int, int], semantic_dim: int | None) -> None:
         """Makes the generator of things with that many channels, and its EMA twin."""
         text = self._text[0]
-        transformer = VideoTransformer(channels, text.dim, self.size, patch, semantic_dim, self.rotary_rate)
+        rotary_rate = self.rotary_rate or self.clip.fps / self.time_stride
+        transformer = VideoTransformer(channels, text.dim, self.size, patch, semantic_dim, rotary_rate)
         self.generator = GeneratorNetwork(text if text.learnt else nn.Identity(), transformer)
         self.ema = deepcopy(self.generator).requires_grad_(False)
 
