@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.clip import Clip
-from data.datasets import ClipDataset, FixedClips, Prompts, Stream, captions, collate, read_prompts
+from data.datasets import ClipDataset, FixedClips, Prompts, References, Stream, captions, collate, read_prompts
 from data.encoded import check_fingerprint, encode_shards, encoded_paths
 from data.order import PositionBatches
 from data.shards import Shards, index_path, write_shard
@@ -37,6 +37,8 @@ class VideoDataModule(LightningDataModule):
             fit or by `lightning encode`, and read from there ever after.
         toy_clips: if > 0, a toy world with that many training clips is rendered where the shards are missing.
         prompts: text file with one prompt a line, for predict.
+        reference: video, or folder or table of videos, whose semantics (layout and motion) predict generates from; each
+            with every prompt of `prompts`, else with its own caption, else with the empty prompt.
         samples_per_prompt: videos for each prompt, with seeds `seed`, `seed` + 1, …
         num_workers: processes that read and decode.
         seed: of the order of samples and of everything random about them; set by seed_everything.
@@ -55,6 +57,7 @@ class VideoDataModule(LightningDataModule):
         encoded: str | None = None,
         toy_clips: int = 0,
         prompts: str | None = None,
+        reference: str | None = None,
         samples_per_prompt: int = 1,
         num_workers: int = 1,
         seed: int = 0,
@@ -64,7 +67,8 @@ class VideoDataModule(LightningDataModule):
         self.clip = Clip(num_frames, height, width, fps, semantic_fps)
         self.encoded = None if encoded is None else Path(encoded)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.prompts, self.samples_per_prompt, self.toy_clips = prompts, samples_per_prompt, toy_clips
+        self.prompts, self.reference, self.samples_per_prompt = prompts, reference, samples_per_prompt
+        self.toy_clips = toy_clips
         self.delivered = 0
 
     # What has to be there before training
@@ -125,12 +129,17 @@ class VideoDataModule(LightningDataModule):
         return self._loader(prompts, batch_size=self.batch_size, sampler=self._share(prompts))
 
     def predict_dataloader(self) -> DataLoader:
-        if self.prompts is None:
+        if self.prompts is None and self.reference is None:
             raise UserError(
-                "There is nothing to generate from: give a text file with one prompt a line as --data.prompts."
+                "There is nothing to generate from: give a text file with one prompt a line as --data.prompts, or a"
+                " video as --data.reference."
             )
-        prompts = Prompts(read_prompts(self.prompts), self.seed, self.samples_per_prompt)
-        return self._loader(prompts, batch_size=self.batch_size, sampler=self._share(prompts))
+        prompts = None if self.prompts is None else read_prompts(self.prompts)
+        if self.reference is None:
+            rows = Prompts(prompts, self.seed, self.samples_per_prompt)
+        else:
+            rows = References(self.reference, self.clip, prompts, self.seed, self.samples_per_prompt)
+        return self._loader(rows, batch_size=self.batch_size, sampler=self._share(rows))
 
     def _loader(self, dataset: Dataset, **options) -> DataLoader:
         return DataLoader(dataset, collate_fn=collate, num_workers=self.num_workers, **options)

@@ -1,7 +1,8 @@
-"""Shards and prompt files as datasets; a sample is a dict, a batch a dict of tensors and lists."""
+"""Shards, prompt files and reference videos as datasets; a sample is a dict, a batch a dict of tensors and lists."""
 
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from data.decode import Rejected, decode_clip
 from data.encoded import PARTS, from_bytes
 from data.order import sample_at
 from data.shards import VIDEO_EXTENSIONS, Shards
+from data.sources import Video, find_videos
 from lightning_semgen.errors import UserError
 from lightning_semgen.keyed import key_of
 
@@ -103,6 +105,47 @@ class Prompts(Dataset):
         info, seed = self.rows[index]
         key = key_of("sample", seed, info["caption"])
         return {"caption": info["caption"], "info": info, "seed": seed, "number": index, "key": key}
+
+
+class References(Prompts):
+    """Videos whose semantics to generate from, one row for each of a video's prompts and seeds.
+
+    A row of `Prompts` with `reference` (the video's key), its `frames` and its `semantic_frames`; raises UserError for
+    a video that cannot be used.
+
+    Args:
+        source: a video, or a folder or table of them.
+        prompts: that every video is generated with; None: each has its own caption, or the empty prompt.
+    """
+
+    def __init__(self, source: str | Path, clip: Clip, prompts: list[dict] | None, seed: int, per_prompt: int = 1):
+        videos = find_videos(Path(source))
+        for video in videos:
+            if video.problem:
+                raise UserError(f"The reference {video.path} cannot be used: {video.problem}.")
+        pairs = [(video, info) for video in videos for info in prompts or [own_prompt(video)]]
+        super().__init__([info for _, info in pairs], seed, per_prompt)
+        self.videos = [video for video, _ in pairs for _ in range(per_prompt)]
+        self.clip = clip
+
+    def __getitem__(self, index: int) -> dict:
+        video = self.videos[index]
+        frames = reference_frames(video.path, self.clip)
+        streams = {"frames": frames, "semantic_frames": frames[self.clip.semantic_indices]}
+        return super().__getitem__(index) | {"reference": video.key} | streams
+
+
+def own_prompt(video: Video) -> dict:
+    return video.info | {"caption": str(video.info.get("caption") or "")}
+
+
+@lru_cache(maxsize=1)  # the rows of a video follow each other
+def reference_frames(path: Path, clip: Clip) -> Tensor:
+    """Frames uint8 (T, 3, H, W) of the beginning of a video."""
+    try:
+        return decode_clip(path.read_bytes(), clip)
+    except (Rejected, OSError) as cause:
+        raise UserError(f"The reference {path} cannot be used: {cause}.") from cause
 
 
 def caption_of(members: dict) -> dict:

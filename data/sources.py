@@ -1,4 +1,4 @@
-"""The videos of a folder or a table, and what is said of each."""
+"""The videos of a folder, a table or a file, and what is said of each."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ TABLES = ("captions.jsonl", "captions.csv")
 
 @dataclass(frozen=True)
 class Video:
-    """A file to pack, by the name that its folder or table has for it."""
+    """A video file, by the name that its folder or table has for it."""
 
     key: str
     name: str
@@ -36,7 +36,7 @@ class Video:
 
 
 def find_videos(source: Path) -> list[Video]:
-    """The videos of a folder or a table, sorted; UserError where there is nothing to pack."""
+    """The videos of a folder or a table, sorted, or the one of a file; UserError where there are none."""
     if source.is_dir():
         tables = [source / name for name in TABLES if (source / name).exists()]
         if len(tables) > 1:
@@ -44,8 +44,10 @@ def find_videos(source: Path) -> list[Video]:
         root, infos = source, _sidecars(source) | (_table(tables[0]) if tables else {})
     elif source.is_file() and source.suffix in (".jsonl", ".csv"):
         root, infos = source.parent, _table(source)
+    elif source.is_file() and _extension(source.name) in VIDEO_EXTENSIONS:
+        root, infos = source.parent, {source.name: _sidecar(source)}
     elif source.exists():
-        raise UserError(f"{source} is neither a folder nor a .jsonl or .csv table.")
+        raise UserError(f"{source} is neither a folder nor a video nor a .jsonl or .csv table.")
     else:
         raise UserError(f"There is no {source}.")
     if not infos:

@@ -1,5 +1,6 @@
 """Frozen video VAEs behind one interface, diffusers' own, and the VAE as a semantic encoder (the paper's baseline)."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,10 +9,15 @@ from einops import rearrange
 from torch import Tensor
 
 from encoders.base import Frozen, FrozenEncoder, pooled_seconds
+from encoders.taef2 import TAEF2
 from encoders.toy_vae import ToyVideoVAE
 from lightning_semgen.errors import UserError
 
-VAES = {"toy": (ToyVideoVAE, Path(__file__).parent / "weights/toy_vae")}
+TOY = Path(__file__).parent / "weights/toy_vae"
+VAES = {  # how each is loaded from a folder, and which by default
+    "toy": (partial(ToyVideoVAE.from_pretrained, torch_dtype=torch.float32, low_cpu_mem_usage=False), TOY),
+    "taef2": (TAEF2.from_pretrained, None),
+}
 
 
 class FrozenVAE(Frozen):
@@ -55,12 +61,12 @@ class FrozenVAE(Frozen):
         return ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).transpose(1, 2)
 
 
-def build_vae(name: str) -> FrozenVAE:
-    """The VAE of that name, frozen; an unknown one is a UserError that lists the known."""
+def build_vae(name: str, weights: str | None = None) -> FrozenVAE:
+    """The VAE of that name, frozen, from a folder of weights or its own; an unknown one is a UserError."""
     if name not in VAES:
         raise UserError(f"There is no VAE {name!r}; known VAEs: {', '.join(VAES)}.")
-    model, weights = VAES[name]
-    return FrozenVAE(model.from_pretrained(weights, torch_dtype=torch.float32, low_cpu_mem_usage=False)).freeze()
+    load, own = VAES[name]
+    return FrozenVAE(load(weights or own)).freeze()
 
 
 class VAEEncoder(FrozenEncoder):
@@ -70,9 +76,7 @@ class VAEEncoder(FrozenEncoder):
 
     def __init__(self, weights: str | None = None, vae: str = "toy", semantic_grid: tuple[int, int, int] = (2, 3, 3)):
         super().__init__()
-        if weights is not None:
-            raise UserError("The encoder vae takes no weights: name a VAE as encoder_options.vae.")
-        self.vae, self.semantic_grid = build_vae(vae), tuple(semantic_grid)
+        self.vae, self.semantic_grid = build_vae(vae, weights), tuple(semantic_grid)
         self.dim, self.tubelet = self.vae.channels, 1
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:

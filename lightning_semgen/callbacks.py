@@ -13,12 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.mp4 import write_mp4
 from lightning_semgen.errors import UserError
-from lightning_semgen.pictures import add_animation, animated_grid, contact_sheet, file_name
+from lightning_semgen.generator import GeneratedVideo
+from lightning_semgen.pictures import add_animation, animated_grid, contact_sheet, evenly, file_name
 from lightning_semgen.stage import Stage, reports
 
 SHOWN = 8  # videos of a validation, rows of a contact sheet ×2
+VARIANTS = 3  # of a reference, in its row of a contact sheet
 
 
 class Progress(TQDMProgressBar):
@@ -120,19 +121,49 @@ class WriteResults(BasePredictionWriter):
             rank_zero_info(f"Videos: {folder}\nContact sheet: {sheet}\nNumbers: {numbers}")
 
 
+class ReferenceSheet(Callback):
+    """predict with references: <run>/predict/contact_sheet.png, a row for each with its first variants beside it."""
+
+    def on_predict_start(self, trainer: Trainer, stage: Stage) -> None:
+        self.rows: dict[str, list[tuple[Tensor, str]]] = {}
+
+    def on_predict_batch_end(self, trainer, stage, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if "reference" not in batch or "videos" not in outputs:
+            return
+        names = zip(batch["reference"], batch["caption"], batch["seed"], strict=True)
+        for (name, prompt, seed), frames, video in zip(names, batch["frames"], outputs["videos"], strict=True):
+            row = self.rows.setdefault(name, [(evenly(frames), f"reference {name}")])
+            if len(row) <= VARIANTS:
+                row.append((evenly(video), f"seed {seed} {prompt}"))
+
+    def on_predict_end(self, trainer: Trainer, stage: Stage) -> None:
+        if not trainer.is_global_zero or not self.rows:
+            return
+        rows = list(self.rows.values())[:SHOWN]
+        columns = max(map(len, rows))
+        blank = (torch.full_like(rows[0][0][0], 255), "")  # other ranks have the rest of a row
+        videos, labels = zip(*[tile for row in rows for tile in row + [blank] * (columns - len(row))], strict=True)
+        sheet = Path(trainer.default_root_dir) / "predict" / "contact_sheet.png"
+        contact_sheet(torch.stack(videos), labels, columns=columns).save(sheet)
+        rank_zero_info(f"References beside their variants: {sheet}")
+
+
 def write_videos(folder: Path, videos: Tensor, batch: dict, stage: Stage) -> None:
     """mp4 files that carry prompt and seed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = zip(videos, batch["number"], batch["caption"], batch["seed"], strict=True)
-    for video, number, prompt, seed in rows:
-        metadata = {"title": prompt, "comment": f"seed={seed}"}
-        write_mp4(video, folder / file_name(number, prompt, seed, "mp4"), stage.clip.fps, metadata)
+    for video, name, prompt, seed in zip(videos, file_names(batch), batch["caption"], batch["seed"], strict=True):
+        GeneratedVideo(video, stage.clip.fps, prompt, seed).save(folder / f"{name}.mp4")
 
 
 def write_semantics(folder: Path, semantics: Tensor, batch: dict, stage: Stage) -> None:
     """safetensors files with `semantics` (T', H', W', d) that carry prompt, seed and what the space is."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = {name: json.dumps(value) for name, value in stage.space.facts.items()}
-    for z, number, prompt, seed in zip(semantics, batch["number"], batch["caption"], batch["seed"], strict=True):
-        path = folder / file_name(number, prompt, seed, "safetensors")
+    for z, name, prompt, seed in zip(semantics, file_names(batch), batch["caption"], batch["seed"], strict=True):
+        path = folder / f"{name}.safetensors"
         save_file({"semantics": z.contiguous().cpu()}, path, {"prompt": prompt, "seed": str(seed), **facts})
+
+
+def file_names(batch: dict) -> list[str]:
+    """After the reference, where there is one, or the prompt."""
+    names = batch.get("reference", batch["caption"])
+    return [file_name(*row) for row in zip(batch["number"], names, batch["seed"], strict=True)]

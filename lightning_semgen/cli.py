@@ -18,7 +18,7 @@ from lightning_semgen import (
     stages,  # noqa: F401  its classes are found by their short names
     toy_parts,  # noqa: F401
 )
-from lightning_semgen.callbacks import Progress, ShowVideos, Throughput, WriteResults
+from lightning_semgen.callbacks import Progress, ReferenceSheet, ShowVideos, Throughput, WriteResults
 from lightning_semgen.doctor import doctor
 from lightning_semgen.errors import UserError
 from lightning_semgen.runs import (
@@ -83,7 +83,7 @@ class SemGenCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         config = self._get(self.config_init, "trainer")
         run = Path(config.default_root_dir)
-        callbacks = [Throughput(), ShowVideos(), WriteResults()]
+        callbacks = [Throughput(), ShowVideos(), WriteResults(), ReferenceSheet()]
         if config.enable_progress_bar is not False:
             callbacks.append(Progress())
         config.callbacks = [*(config.callbacks or []), *callbacks]

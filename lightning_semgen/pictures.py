@@ -4,15 +4,16 @@ import io
 import re
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 MARGIN, LINE, SIDE = 6, 12, 144  # pixels: around a picture, a line of text, shorter side of a shown frame
+STRIP = 6  # frames of a video in a contact sheet
 
 
 def _labelled(frame: np.ndarray, width: int, label: str) -> Image.Image:
@@ -54,13 +55,17 @@ def animated_grid(videos: Tensor, labels: Sequence[str], fps: float, columns: in
     return buffer.getvalue()
 
 
+def evenly(videos: Tensor, frames: int = STRIP) -> Tensor:
+    """That many frames of videos (…, T, 3, H, W), the first and the last among them."""
+    return videos[..., torch.linspace(0, videos.shape[-4] - 1, frames).round().long(), :, :, :].cpu()
+
+
 def contact_sheet(
-    videos: Tensor, labels: Sequence[str], frames: int = 6, width: int = 72, columns: int = 2
+    videos: Tensor, labels: Sequence[str], frames: int = STRIP, width: int = 72, columns: int = 2
 ) -> Image.Image:
     """One row for each video uint8 (B, T, 3, H, W): that many frames, `width` wide, above the label."""
-    array = _channels_last(videos)
-    steps = np.linspace(0, array.shape[1] - 1, frames).round().astype(int)
-    strips = np.concatenate([array[:, step] for step in steps], axis=2)  # (B, H, frames·W, 3)
+    array = _channels_last(evenly(videos, frames))
+    strips = np.concatenate(list(array.swapaxes(0, 1)), axis=2)  # (B, H, frames·W, 3)
     return _grid(
         [_labelled(strip, width * frames, label) for strip, label in zip(strips, labels, strict=True)], columns
     )
@@ -73,7 +78,7 @@ def add_animation(writer: SummaryWriter, tag: str, gif: bytes, step: int) -> Non
     writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
-def file_name(number: int, prompt: str, seed: int, extension: str) -> Path:
-    """`0003-a-red-circle-moves-left-seed7.mp4`."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-    return Path(f"{number:04d}-{words}-seed{seed}.{extension}")
+def file_name(number: int, words: str, seed: int) -> str:
+    """`0003-a-red-circle-moves-left-seed7`, to which an extension is added."""
+    words = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")[:60]
+    return f"{number:04d}-{words}-seed{seed}"

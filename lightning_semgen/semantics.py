@@ -15,7 +15,7 @@ from lightning_semgen.errors import UserError
 from lightning_semgen.positions import Grid
 from lightning_semgen.runs import load_checkpoint
 
-MEASURED_CLIPS = 2048  # over which the statistics are measured when the compressor freezes
+MEASURED_CLIPS = 2048  # at most, over which the statistics are measured when the compressor freezes
 
 
 class SemanticSpace(nn.Module):
@@ -103,10 +103,10 @@ class SemanticSpace(nn.Module):
         return self.compressor.standardise(self.posterior(self.features(batch), batch["key"]).z)
 
     @torch.no_grad()
-    def measure(self, batches, batch_size: int) -> None:
-        """Measures the statistics anew over `MEASURED_CLIPS` clips on all ranks together."""
+    def measure(self, batches, clips: int, batch_size: int) -> None:
+        """Measures the statistics anew over all `clips`, or `MEASURED_CLIPS` of more, on all ranks together."""
         self.compressor.standardise.reset()
-        steps = tqdm(range(ceil(MEASURED_CLIPS / batch_size)), desc="measuring the semantics", leave=False)
+        steps = tqdm(range(ceil(min(clips, MEASURED_CLIPS) / batch_size)), desc="measuring the semantics", leave=False)
         for _, batch in zip(steps, batches, strict=False):
             self.compressor.standardise.observe(self.posterior(self.features(batch), batch["key"]).z)
         self.compressor.standardise.update()

@@ -24,7 +24,7 @@ from lightning_semgen.semantics import SemanticSpace
 from lightning_semgen.transformer import Semantics, VideoTransformer, size_of
 
 
-class Generator(nn.Module):
+class GeneratorNetwork(nn.Module):
     """What is trained: the transformer and, if it is learnt, the text encoder."""
 
     def __init__(self, text: nn.Module, transformer: VideoTransformer):
@@ -49,7 +49,8 @@ class Stage(LightningModule):
         size: a row of `transformer.SIZES`.
         text_encoder: "bytes" (small, learnt with the generator, reads 96 bytes), or hub id or folder of an encoder of
             transformers.
-        rotary_rate: rotary positions per second; null: the video's latents per second, fps / 4.
+        rotary_rate: rotary positions per second; null: the video's latents per second, fps / 4 for a VAE that
+            compresses time by 4.
         lr: peak learning rate, reached after `warmup_steps`, then falling by a cosine to 0 at trainer.max_steps.
         warmup_steps: optimiser steps of linear warm-up.
         weight_decay: AdamW's, not on biases and norms.
@@ -63,6 +64,7 @@ class Stage(LightningModule):
     """
 
     seconds: tuple[float, ...]  # of the steps of the generated thing
+    time_stride: int = 4  # frames of a latent step of the VAE
     shift: float  # of the flow's times, in training and sampling
     partner_run: str | None  # folder of the other stage's run, with which this one makes videos
 
@@ -87,7 +89,7 @@ class Stage(LightningModule):
         sampling_steps: int = 30,
     ):
         super().__init__()
-        self.clip, self.size, self.rotary_rate = clip, size_of(size), rotary_rate or clip.fps / 4
+        self.clip, self.size, self.rotary_rate = clip, size_of(size), rotary_rate
         self.lr, self.warmup_steps, self.weight_decay, self.ema_decay = lr, warmup_steps, weight_decay, ema_decay
         self.kl_weight, self.prompt_dropout = kl_weight, prompt_dropout
         self.guidance_scale, self.sampling_steps = guidance_scale, sampling_steps
@@ -103,8 +105,9 @@ class Stage(LightningModule):
     def build_generator(self, channels: int, patch: tuple[int, int, int], semantic_dim: int | None) -> None:
         """Makes the generator of things with that many channels, and its EMA twin."""
         text = self._text[0]
-        transformer = VideoTransformer(channels, text.dim, self.size, patch, semantic_dim, self.rotary_rate)
-        self.generator = Generator(text if text.learnt else nn.Identity(), transformer)
+        rotary_rate = self.rotary_rate or self.clip.fps / self.time_stride
+        transformer = VideoTransformer(channels, text.dim, self.size, patch, semantic_dim, rotary_rate)
+        self.generator = GeneratorNetwork(text if text.learnt else nn.Identity(), transformer)
         self.ema = deepcopy(self.generator).requires_grad_(False)
 
     @property
@@ -145,7 +148,13 @@ class Stage(LightningModule):
     # Learning
 
     def flow_loss(
-        self, network: Generator, z_0: Tensor, batch: dict, t: Tensor, captions: list[str], semantics: Semantics | None
+        self,
+        network: GeneratorNetwork,
+        z_0: Tensor,
+        batch: dict,
+        t: Tensor,
+        captions: list[str],
+        semantics: Semantics | None,
     ) -> Tensor:
         """Squared error of the velocity of each sample (B,), at times t (B,)."""
         eps = keyed.normal(batch["key"], "noise", *z_0.shape[1:])
@@ -182,8 +191,9 @@ class Stage(LightningModule):
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         if self.learns_compressor and self.global_step == self.compressor_steps and not self._measured:
             data = self.trainer.datamodule
-            batches = (move_data_to_device(b, self.device) for b in data.stream(lambda: data.delivered))
-            self.space.measure(batches, data.batch_size * self.trainer.world_size)
+            stream = data.stream(lambda: data.delivered)
+            batches = (move_data_to_device(batch, self.device) for batch in stream)
+            self.space.measure(batches, len(stream.dataset.clips), data.batch_size * self.trainer.world_size)
             self._measured = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -271,6 +281,12 @@ class Stage(LightningModule):
     def videos(self, captions: list[str], keys: Tensor) -> Tensor:
         """uint8 frames (B, T, 3, H, W) for prompts; row b depends on its prompt and key alone."""
         raise NotImplementedError
+
+    def reference_semantics(self, batch: dict) -> Tensor:
+        """z_sem (B, T', H', W', d) of reference videos; row b depends on its video and key alone."""
+        if self.space is None:
+            raise UserError("A reference is followed through its semantics, and a run with encoder none has none.")
+        return self.space(batch)
 
     def test_step(self, batch: dict, batch_idx: int) -> Tensor:
         videos = self.videos(batch["caption"], batch["key"])

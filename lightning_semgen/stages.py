@@ -66,6 +66,8 @@ class SemanticStage(Stage):
         return self.partner.render(captions, keys, self.sample_semantics(captions, keys))
 
     def predict_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
+        if "reference" in batch:
+            return {"semantics": self.reference_semantics(batch)}
         return {"semantics": self.sample_semantics(batch["caption"], batch["key"])}
 
 
@@ -74,6 +76,7 @@ class LatentStage(Stage):
 
     Args:
         vae: a row of `encoders.vae.VAES`.
+        vae_weights: folder of its weights; null: its own, where they are embedded.
         semantic_run: run of the semantic stage that turns prompts into semantics; null: the run of the compressor.
         shift: of the flow's times towards noise.
         semantic_noise: training noises semantics to a time τ drawn evenly from 0 to this.
@@ -87,6 +90,7 @@ class LatentStage(Stage):
     def __init__(
         self,
         vae: str = "toy",
+        vae_weights: str | None = None,
         semantic_run: str | None = None,
         shift: float = 1.0,
         semantic_noise: float = 0.3,
@@ -98,13 +102,19 @@ class LatentStage(Stage):
         super().__init__(**options)
         if semantic_guidance_scale != 1 and not semantic_dropout:
             raise UserError("model.semantic_guidance_scale needs a model trained with model.semantic_dropout > 0.")
-        self._vae, self.vae_name = (build_vae(vae),), vae
+        self._vae, self.vae_name = (build_vae(vae, vae_weights),), vae
+        self.time_stride = self.vae.time_stride
         self.partner_run = semantic_run or (self.space.run if self.space is not None else None)
         self.shift, self.semantic_noise, self.sampling_semantic_noise = shift, semantic_noise, sampling_semantic_noise
         self.semantic_dropout, self.semantic_guidance_scale = semantic_dropout, semantic_guidance_scale
         clip, patch = self.clip, (1, 2, 2)
         self.seconds = tuple(self.vae.seconds(clip.times).tolist())
         self.latent_shape = (self.vae.channels, *self.vae.grid(clip.num_frames, clip.height, clip.width))
+        if self.latent_shape[2] % patch[1] or self.latent_shape[3] % patch[2]:
+            raise UserError(
+                f"Frames of {clip.height}×{clip.width} do not divide into the transformer's tokens: with this VAE"
+                f" data.height and width must be multiples of {2 * self.vae.space_stride}."
+            )
         self.build_generator(self.vae.channels, patch, None if self.space is None else self.space.channels)
 
     @property
@@ -182,7 +192,10 @@ class LatentStage(Stage):
         return self.render(captions, keys, z_sem)
 
     def predict_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
-        return {"videos": self.videos(batch["caption"], batch["key"])}
+        captions, keys = batch["caption"], batch["key"]
+        if "reference" in batch:
+            return {"videos": self.render(captions, keys, self.reference_semantics(batch))}
+        return {"videos": self.videos(captions, keys)}
 
 
 def channels_first(z_sem: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ def test_bad_input_is_one_sentence(folder, tmp_path, fails):
     assert "There is no" in said(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "There are no videos in" in said(tmp_path / "empty")
-    assert "neither a folder nor" in said(folder / "a.mp4")
+    assert "neither a folder nor" in said(Path(__file__))
     row = {"path": "videos/a.mp4", "caption": "a"}
     assert "t.jsonl, line 2: there is no path" in said(table(tmp_path / "t.jsonl", row, {"caption": "a"}))
     assert "line 2: videos/a.mp4 is listed before" in said(table(tmp_path / "t.jsonl", row, row))

@@ -143,10 +143,17 @@ def test_without_compression_features_are_generated():
 
 
 def test_measured_statistics_standardise(semantic, batch):
-    semantic.space.measure([batch], batch_size=4)
+    semantic.space.measure([batch], clips=4, batch_size=4)
     z_sem = semantic.space(batch).flatten(0, -2)
     torch.testing.assert_close(z_sem.mean(0), torch.zeros(8), atol=1e-3, rtol=0)
     torch.testing.assert_close(z_sem.std(0, correction=0), torch.ones(8), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize(("clips", "passes"), [(3, 1), (9, 3), (10**6, 4)])  # 16 are measured at most in tests
+def test_no_clip_of_a_small_set_is_measured_twice(semantic, batch, clips, passes):
+    stream = iter([batch] * 10)
+    semantic.space.measure(stream, clips, batch_size=4)
+    assert len(list(stream)) == 10 - passes
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():

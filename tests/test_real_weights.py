@@ -1,0 +1,58 @@
+"""Small published weights through the same adapters; they are not in the repository."""
+
+import os
+from pathlib import Path
+
+import av
+import pytest
+import torch
+
+from data.clip import Clip
+from encoders.vae import build_vae
+from lightning_semgen.errors import UserError
+from lightning_semgen.stages import LatentStage
+
+SHARED = Path(__file__).parents[2] / "shared"
+WEIGHTS = Path(os.environ.get("SEMGEN_WEIGHTS", SHARED / "weights"))
+CLIPS = Path(os.environ.get("SEMGEN_CLIPS", SHARED / "clips"))
+needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="no small weights: name them in SEMGEN_WEIGHTS")
+needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="no folder of wild clips: name one in SEMGEN_CLIPS")
+
+
+def first_frame(clip: str, height: int, width: int) -> torch.Tensor:
+    """uint8 (1, 1, 3, H, W), scaled by bicubic interpolation."""
+    with av.open(CLIPS / "clips" / clip) as container:
+        frame = next(container.decode(video=0)).reformat(width, height, "rgb24", interpolation="BICUBIC")
+    return torch.from_numpy(frame.to_ndarray()).permute(2, 0, 1)[None, None]
+
+
+@needs_weights
+@needs_clips
+def test_taef2_makes_the_round_trip_of_the_authors_network():
+    frames = first_frame("sam2_01_dog.mp4", 352, 640)
+    vae = build_vae("taef2", str(WEIGHTS))
+    latents = vae.encode(frames)
+    assert latents.shape == (1, 32, 1, 44, 80) and 0.75 < latents.std() < 0.9
+    error = (vae.decode(latents).float() - frames.float()).square().mean()
+    assert 10 * torch.log10(255**2 / error) == pytest.approx(29.16, abs=0.15)  # theirs, over the first 17 frames
+
+
+@needs_weights
+def test_a_latent_stage_takes_a_vae_that_keeps_time():
+    clip = Clip(18, 32, 32, 24.0, 4.0)  # no 4k + 1
+    made = LatentStage(clip=clip, vae="taef2", vae_weights=str(WEIGHTS))
+    assert made.latent_shape == (32, 18, 4, 4) and made.seconds == tuple(clip.times.tolist())
+    assert made.ema.transformer.rotary_rate == 24.0  # whole positions, one a latent
+    frames = torch.randint(256, (2, 18, 3, 32, 32), dtype=torch.uint8)
+    latents = made.latents({"frames": frames})
+    torch.testing.assert_close(made.latents({"frames": frames[1:, 5:6]})[0, :, 0], latents[1, :, 5])
+    assert made.vae.decode(latents).shape == frames.shape
+
+
+def test_missing_weights_and_frames_that_are_no_whole_tokens(tmp_path):
+    with pytest.raises(UserError, match="madebyollin/taesd"):
+        build_vae("taef2")
+    with pytest.raises(UserError, match=f"There is no {tmp_path}/taef2_encoder.pth"):
+        build_vae("taef2", str(tmp_path))
+    with pytest.raises(UserError, match="multiples of 16"):
+        LatentStage(clip=Clip(49, 48, 56, 24.0, 1.6))
