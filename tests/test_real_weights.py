@@ -98,5 +98,7 @@ def test_missing_weights_and_frames_that_are_no_whole_tokens(tmp_path):
         build_vae("taef2")
     with pytest.raises(UserError, match=f"There is no {tmp_path}/taef2_encoder.pth"):
         build_vae("taef2", str(tmp_path))
+    with pytest.raises(UserError, match="There is no folder nowhere"):
+        build_vae("toy", "nowhere")
     with pytest.raises(UserError, match="multiples of 16"):
         LatentStage(clip=Clip(49, 48, 56, 24.0, 1.6))
