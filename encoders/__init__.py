@@ -156,6 +156,7 @@ ENCODERS: dict[str, Row | None] = {
         run=False,
         **FOURDS,
     ),
+    "mobilenet_v2": Row("encoders.mobilenet_v2:MobileNetV2", "mobilenet_v2_100_224_deq.safetensors", "Apache-2.0"),
     "timm/<model>": Row("encoders.timm_image:TimmEncoder", None, "that of the model"),
 }
 

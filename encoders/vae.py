@@ -65,6 +65,8 @@ def build_vae(name: str, weights: str | None = None) -> FrozenVAE:
     """The VAE of that name, frozen, from a folder of weights or its own; an unknown one is a UserError."""
     if name not in VAES:
         raise UserError(f"There is no VAE {name!r}; known VAEs: {', '.join(VAES)}.")
+    if weights is not None and not Path(weights).is_dir():
+        raise UserError(f"There is no folder {weights}, from which the VAE {name} is to be loaded.")
     load, own = VAES[name]
     return FrozenVAE(load(weights or own)).freeze()
 

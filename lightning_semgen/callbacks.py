@@ -134,7 +134,7 @@ class ReferenceSheet(Callback):
         for (name, prompt, seed), frames, video in zip(names, batch["frames"], outputs["videos"], strict=True):
             row = self.rows.setdefault(name, [(evenly(frames), f"reference {name}")])
             if len(row) <= VARIANTS:
-                row.append((evenly(video), f"seed {seed} {prompt}"))
+                row.append((evenly(video), f"seed {seed}: {prompt}".rstrip(": ")))
 
     def on_predict_end(self, trainer: Trainer, stage: Stage) -> None:
         if not trainer.is_global_zero or not self.rows:

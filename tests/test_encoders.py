@@ -6,7 +6,7 @@ from conftest import CLIP
 
 from data.decode import decode_clip
 from data.toy import toy_clip
-from encoders import ENCODERS, build_encoder
+from encoders import build_encoder
 from encoders.text import build_text_encoder
 from encoders.vae import build_vae
 from lightning_semgen.errors import UserError
@@ -17,7 +17,7 @@ def frames():
     return torch.stack([decode_clip(toy_clip("heldout", index, 0)[1], CLIP) for index in range(2)])
 
 
-@pytest.mark.parametrize("name", [name for name, row in ENCODERS.items() if row and not row.spec and "/" not in name])
+@pytest.mark.parametrize("name", ["toy", "vae"])
 def test_contract(name, frames):
     encoder = build_encoder(name)
     times = CLIP.times if encoder.stream == "video" else CLIP.semantic_times
