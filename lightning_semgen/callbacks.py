@@ -1,4 +1,4 @@
-"""What is seen while a stage runs, and what predict and test leave behind."""
+"""Progress and speed of a run, and what predict and test leave behind."""
 
 import json
 import time
@@ -8,18 +8,16 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_semgen.errors import UserError
 from lightning_semgen.generator import GeneratedVideo
-from lightning_semgen.pictures import add_animation, animated_grid, contact_sheet, evenly, file_name
+from lightning_semgen.pictures import contact_sheet, evenly, file_name
 from lightning_semgen.stage import Stage, reports
 
-SHOWN = 8  # videos of a validation, rows of a contact sheet ×2
-VARIANTS = 3  # of a reference, in its row of a contact sheet
+SHOWN = 16  # clips of a contact sheet
+REFERENCES, VARIANTS = 8, 3  # of them, and of each in its row, on theirs
 
 
 class Progress(TQDMProgressBar):
@@ -65,28 +63,6 @@ class Throughput(Callback):
             self._begin(time.perf_counter())  # validation is neither work nor waiting for data
 
 
-class ShowVideos(Callback):
-    """At each validation, videos playing above their prompts in TensorBoard, once both runs are there."""
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if batch_idx or not loggers or not trainer.is_global_zero or not isinstance(stage, Stage):
-            return
-        if not stage.can_make_videos():
-            return
-        prompts = batch["caption"][:SHOWN]
-        try:
-            videos = stage.videos(prompts, batch["key"][:SHOWN])
-        except UserError as error:
-            rank_zero_warn(f"No videos are shown: {error}")
-            return
-        for logger in loggers:
-            gif = animated_grid(videos, prompts, stage.clip.fps)
-            add_animation(logger.experiment, "videos", gif, trainer.global_step)
-
-
 class WriteResults(BasePredictionWriter):
     """predict: a file for each prompt in <run>/predict; test: videos, a contact sheet and the numbers in <run>/test."""
 
@@ -105,7 +81,7 @@ class WriteResults(BasePredictionWriter):
 
     def on_test_batch_end(self, trainer, stage, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         write_videos(Path(trainer.default_root_dir) / "test", outputs, batch, stage)
-        room = 2 * SHOWN - len(self.shown)
+        room = SHOWN - len(self.shown)
         self.shown += list(zip(outputs, batch["caption"], strict=True))[:room]
 
     def on_test_end(self, trainer: Trainer, stage: Stage) -> None:
@@ -139,7 +115,7 @@ class ReferenceSheet(Callback):
     def on_predict_end(self, trainer: Trainer, stage: Stage) -> None:
         if not trainer.is_global_zero or not self.rows:
             return
-        rows = list(self.rows.values())[:SHOWN]
+        rows = list(self.rows.values())[:REFERENCES]
         columns = max(map(len, rows))
         blank = (torch.full_like(rows[0][0][0], 255), "")  # other ranks have the rest of a row
         videos, labels = zip(*[tile for row in rows for tile in row + [blank] * (columns - len(row))], strict=True)

@@ -9,7 +9,6 @@ import torch
 from jsonargparse import Namespace, auto_cli
 from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
 from data.datamodule import VideoDataModule
@@ -18,9 +17,11 @@ from lightning_semgen import (
     stages,  # noqa: F401  its classes are found by their short names
     toy_parts,  # noqa: F401
 )
-from lightning_semgen.callbacks import Progress, ReferenceSheet, ShowVideos, Throughput, WriteResults
+from lightning_semgen.board import CompareRuns, RunLogger
+from lightning_semgen.callbacks import Progress, ReferenceSheet, Throughput, WriteResults
 from lightning_semgen.doctor import doctor
 from lightning_semgen.errors import UserError
+from lightning_semgen.gallery import Gallery
 from lightning_semgen.runs import (
     LAST,
     AtomicCheckpointIO,
@@ -83,7 +84,7 @@ class SemGenCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         config = self._get(self.config_init, "trainer")
         run = Path(config.default_root_dir)
-        callbacks = [Throughput(), ShowVideos(), WriteResults(), ReferenceSheet()]
+        callbacks = [Throughput(), Gallery(), CompareRuns(), WriteResults(), ReferenceSheet()]
         if config.enable_progress_bar is not False:
             callbacks.append(Progress())
         config.callbacks = [*(config.callbacks or []), *callbacks]
@@ -92,7 +93,7 @@ class SemGenCLI(LightningCLI):
             # Points past the checkpoint are dropped; its own validation has the number of its step.
             step = torch.load(resumed, map_location="meta", weights_only=True)["global_step"] + 1 if resumed else 0
             folder = run if self.subcommand in (None, "fit") else run / self.subcommand
-            kwargs["logger"] = TensorBoardLogger(folder.absolute(), name="", version="", purge_step=step)
+            kwargs["logger"] = RunLogger(folder.absolute(), purge_step=step)
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)

@@ -16,7 +16,7 @@ def _mlp(wide_in: int, hidden: int, wide_out: int) -> nn.Sequential:
 
 @dataclass
 class Posterior:
-    """A sample z (…, d) of the Gaussian that a feature became, and the feature's KL to N(0, 1), summed over d."""
+    """A sample z (…, d) of the Gaussian that a feature became, and its KL to N(0, 1) in each channel, (…, d)."""
 
     z: Tensor
     kl: Tensor
@@ -78,10 +78,10 @@ class Compressor(nn.Module):
         """One sample per feature; `noise` (…, d) is the n of z = μ + σ·n."""
         x = F.layer_norm(features.float(), features.shape[-1:])
         if self.mlp is None:
-            return Posterior(x, x.new_zeros(x.shape[:-1]))
+            return Posterior(x, x.new_zeros(()).expand_as(x))
         mean, log_var = self.mlp(x).chunk(2, dim=-1)
         log_var = log_var.clamp(-10, 4)
-        kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(-1)
+        kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
         return Posterior(mean + (0.5 * log_var).exp() * noise, kl)
 
 

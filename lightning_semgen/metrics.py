@@ -1,4 +1,4 @@
-"""What is measured over many batches: flow loss in bands of t, and whether videos show what their prompts say."""
+"""What is measured over many batches: flow loss in bands of t, the channels of semantics, adherence to prompts."""
 
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -30,6 +30,26 @@ class TimeBands(Metric):
         return {e: t / c for e, t, c in zip(edges, self.total, self.count, strict=True) if c > 0}
 
 
+class ChannelStatistics(Metric):
+    """Mean, standard deviation and KL to N(0, 1) of each channel of semantics."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        sums = torch.zeros(4, channels, dtype=torch.float64)  # n, Σz, Σz², ΣKL
+        self.add_state("sums", sums, dist_reduce_fx="sum")
+
+    def update(self, z: Tensor, kl: Tensor) -> None:
+        """z, kl (…, d)."""
+        z, kl = (values.detach().flatten(0, -2).double() for values in (z, kl))
+        self.sums += torch.stack([torch.full_like(z[0], len(z)), z.sum(0), z.square().sum(0), kl.sum(0)])
+
+    def compute(self) -> dict[str, Tensor]:
+        """ "mean", "std" and "KL", each (d,)."""
+        count, total, squares, kl = self.sums
+        mean = total / count
+        return {"mean": mean, "std": (squares / count - mean.square()).clamp(min=0).sqrt(), "KL": kl / count}
+
+
 class Adherence(Metric):
     """Share of toy videos in which the checker reads the colour, shape and direction of the prompt."""
 
@@ -41,8 +61,10 @@ class Adherence(Metric):
         self.add_state("count", torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, videos: Tensor, infos: Sequence[dict]) -> None:
-        """videos uint8 (B, T, 3, H, W); infos name the attributes that each should show."""
+        """videos uint8 (B, T, 3, H, W); infos name the attributes that each should show, or it is not counted."""
         for video, info in zip(videos, infos, strict=True):
+            if not info.keys() >= set(self.attributes):
+                continue
             reading = read_video(video.cpu())
             right = [getattr(reading, name) == info[name] for name in self.attributes]
             self.right += torch.tensor(right, device=self.right.device)

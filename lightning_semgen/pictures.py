@@ -1,4 +1,4 @@
-"""Videos as something to look at: animated grids for TensorBoard, contact sheets, file names."""
+"""Videos as something to look at: animated tables for TensorBoard, contact sheets, file names."""
 
 import io
 import re
@@ -12,7 +12,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-MARGIN, LINE, SIDE = 6, 12, 144  # pixels: around a picture, a line of text, shorter side of a shown frame
+MARGIN, LINE = 6, 12  # pixels: around a picture, a line of text
+SIDE, PROMPT = 96, 126  # pixels: width of an animated video, of the prompts beside it
+PLAYED = 12  # frames per second of an animation: players do not keep up with 24
 STRIP = 6  # frames of a video in a contact sheet
 
 
@@ -40,19 +42,48 @@ def _channels_last(videos: Tensor) -> np.ndarray:
     return videos.cpu().movedim(2, -1).numpy()
 
 
-def animated_grid(videos: Tensor, labels: Sequence[str], fps: float, columns: int = 4) -> bytes:
-    """A GIF of videos uint8 (B, T, 3, H, W) side by side, each above its label.
+def animated_table(columns: dict[str, Tensor], prompts: Sequence[str], seconds: float) -> bytes:
+    """A GIF that lasts `seconds`, with a row for each prompt and in it the clip's video of each column.
 
-    Every other frame is shown: GIF players do not keep up with 24 fps.
+    Columns are uint8 (B, T, 3, H, W) and differ in all but B: what has fewer frames holds them longer, and all are
+    scaled to the shape of the first column's.
     """
-    array = _channels_last(videos)[:, ::2]
+    videos = [_channels_last(column) for column in columns.values()]
+    height, width = videos[0].shape[2:4]
+    tile = (SIDE, round(SIDE * height / width))
+    page = _table(list(columns), prompts, tile)
+    steps = min(round(seconds * PLAYED), max(video.shape[1] for video in videos))
     pages = [
-        _grid([_labelled(frame, SIDE, label) for frame, label in zip(step, labels, strict=True)], columns)
-        for step in array.swapaxes(0, 1)
+        _filled(page, [video[:, step * video.shape[1] // steps] for video in videos], tile) for step in range(steps)
     ]
     buffer = io.BytesIO()
-    pages[0].save(buffer, "GIF", save_all=True, append_images=pages[1:], duration=round(2000 / fps), loop=0)
+    pages[0].save(buffer, "GIF", save_all=True, append_images=pages[1:], duration=round(1000 * seconds / steps), loop=0)
     return buffer.getvalue()
+
+
+def _table(titles: list[str], prompts: Sequence[str], tile: tuple[int, int]) -> Image.Image:
+    """A page with titles above and prompts beside the empty tiles."""
+    page = Image.new("RGB", (_corner(0, len(titles), tile)[0], _corner(len(prompts), 0, tile)[1]), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for number, title in enumerate(titles):
+        draw.text((_corner(0, number, tile)[0], 2), textwrap.fill(title, tile[0] // 6), "black", font)
+    for number, prompt in enumerate(prompts):
+        lines = textwrap.wrap(prompt, PROMPT // 7)[: tile[1] // 15]
+        draw.text((MARGIN, _corner(number, 0, tile)[1]), "\n".join(lines), "black", font)
+    return page
+
+
+def _corner(row: int, column: int, tile: tuple[int, int]) -> tuple[int, int]:
+    return PROMPT + 2 * MARGIN + column * (tile[0] + MARGIN), 3 * LINE + row * (tile[1] + MARGIN)
+
+
+def _filled(page: Image.Image, columns: list[np.ndarray], tile: tuple[int, int]) -> Image.Image:
+    """The page with frames (B, H, W, 3) in its tiles."""
+    page = page.copy()
+    for number, frames in enumerate(columns):
+        for row, frame in enumerate(frames):
+            page.paste(Image.fromarray(frame).resize(tile, Image.Resampling.NEAREST), _corner(row, number, tile))
+    return page
 
 
 def evenly(videos: Tensor, frames: int = STRIP) -> Tensor:

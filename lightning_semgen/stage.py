@@ -18,7 +18,7 @@ from lightning_semgen import flow, keyed
 from lightning_semgen.compressor import Posterior
 from lightning_semgen.errors import UserError
 from lightning_semgen.learning_rate import adamw
-from lightning_semgen.metrics import Adherence, TimeBands
+from lightning_semgen.metrics import Adherence, ChannelStatistics, TimeBands
 from lightning_semgen.runs import LAST, load_stage
 from lightning_semgen.semantics import SemanticSpace
 from lightning_semgen.transformer import Semantics, VideoTransformer, size_of
@@ -100,6 +100,7 @@ class Stage(LightningModule):
             self.space = SemanticSpace(clip, encoder, encoder_options or {}, semantic_dim, run)
         self.learns_compressor = self.space is not None and compressor == "learn"
         self.bands, self.adherence = TimeBands(), Adherence()
+        self.channel_statistics = ChannelStatistics(self.space.channels) if self.learns_compressor else None
         self._text = (build_text_encoder(text_encoder),)  # tuples hide what is frozen from the module tree
 
     def build_generator(self, channels: int, patch: tuple[int, int, int], semantic_dim: int | None) -> None:
@@ -178,12 +179,21 @@ class Stage(LightningModule):
         quantile = (0.5 + batch["position"].double() * (math.sqrt(5) - 1) / 2) % 1
         return flow.logit_normal(torch.special.ndtri(quantile), self.shift).float()
 
+    def validation_semantics(self, batch: dict) -> Tensor:
+        """z_sem (B, T', H', W', d), which enter the channels' statistics while this run learns the compressor."""
+        posterior = self.space.posterior(self.space.features(batch), batch["key"])
+        z_sem = self.space.compressor.standardise(posterior.z)
+        if self.channel_statistics is not None:
+            self.channel_statistics.update(z_sem, posterior.kl)
+        return z_sem
+
     def kl_loss(self, posterior: Posterior) -> Tensor:
         """The compressor's weighted KL, a scalar; its samples enter the running statistics until it is frozen."""
         if self.global_step < self.compressor_steps:
             self.space.compressor.standardise.observe(posterior.z)
-        self.log_train(kl=posterior.kl.mean())
-        return self.kl_weight * posterior.kl.mean()
+        kl = posterior.kl.sum(-1).mean()
+        self.log_train(kl=kl)
+        return self.kl_weight * kl
 
     def on_train_start(self) -> None:
         self._measured = False
@@ -290,8 +300,7 @@ class Stage(LightningModule):
 
     def test_step(self, batch: dict, batch_idx: int) -> Tensor:
         videos = self.videos(batch["caption"], batch["key"])
-        if all(name in info for info in batch["info"] for name in Adherence.attributes):
-            self.adherence.update(videos, batch["info"])
+        self.adherence.update(videos, batch["info"])
         return videos
 
     def on_test_epoch_end(self) -> None:

@@ -51,7 +51,7 @@ class SemanticStage(Stage):
         return reconstruction + kl
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        z_sem, t = channels_first(self.space(batch)), self.validation_times(batch)
+        z_sem, t = channels_first(self.validation_semantics(batch)), self.validation_times(batch)
         losses = self.flow_loss(self.ema, z_sem, batch, t, batch["caption"], None)
         self.log("val/flow_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
 
@@ -161,7 +161,7 @@ class LatentStage(Stage):
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Flow loss, and the semantic gap: how much it grows with another clip's semantics; 0 if they are ignored."""
         t, latents = self.validation_times(batch), self.latents(batch)
-        own = self.inference_semantics(self.space(batch), batch["key"]) if self.space is not None else None
+        own = None if self.space is None else self.inference_semantics(self.validation_semantics(batch), batch["key"])
         losses = self.flow_loss(self.ema, latents, batch, t, batch["caption"], own)
         self.log("val/flow_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
         if own is not None and len(own.z) > 1:  # a clip alone has no other's semantics

@@ -144,9 +144,8 @@ def test_tensorboard_has_the_basics(trained):
     both = {"train/flow_loss", "train/gradient_norm", "train/learning_rate", "val/flow_loss"}
     both |= {"speed/clips_per_second", "speed/data_wait_share"}
     learns = {"train/kl", "train/reconstruction", "train/compressor_learning_rate"}
-    assert both | learns <= set(tags["dim8"]["scalars"]) and not tags["dim8"]["images"]
+    assert both | learns <= set(tags["dim8"]["scalars"])
     assert both | {"val/semantic_gap"} <= set(tags["latent_dim8"]["scalars"])
-    assert tags["latent_dim8"]["images"] == ["videos"]  # both runs are there
     assert any(tag.startswith("train/flow_loss t 0.") for tag in tags["dim8"]["scalars"])
 
 

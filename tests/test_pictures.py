@@ -9,8 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from data.toy import Composition, compositions, render
-from lightning_semgen.metrics import Adherence, TimeBands, wilson_lower
-from lightning_semgen.pictures import add_animation, animated_grid, contact_sheet, file_name
+from lightning_semgen.metrics import Adherence, ChannelStatistics, TimeBands, wilson_lower
+from lightning_semgen.pictures import add_animation, animated_table, contact_sheet, file_name
 
 VIDEOS = torch.randint(0, 255, (3, 9, 3, 16, 24), dtype=torch.uint8)
 PROMPTS = ["a red circle moves left", "two", "a very long prompt " * 10]
@@ -18,13 +18,37 @@ PROMPTS = ["a red circle moves left", "two", "a very long prompt " * 10]
 
 def test_the_event_file_holds_a_gif_that_plays(tmp_path):
     with SummaryWriter(tmp_path) as writer:
-        add_animation(writer, "videos", animated_grid(VIDEOS, PROMPTS, fps=24.0), step=7)
+        add_animation(writer, "videos", animated_table({"video": VIDEOS}, PROMPTS, seconds=0.5), step=7)
     events = EventAccumulator(str(tmp_path)).Reload()
     (event,) = events.Images("videos")
     image = Image.open(io.BytesIO(event.encoded_image_string))
-    assert event.step == 7 and image.format == "GIF" and image.n_frames == 5
+    assert event.step == 7 and image.format == "GIF" and image.n_frames == 6
     assert image.size == (event.width, event.height)
     assert image.info["duration"] == pytest.approx(1000 / 12, abs=10) and image.info["loop"] == 0
+
+
+def test_columns_of_a_table_play_in_step():
+    black, white = torch.zeros(1, 1, 3, 4, 4, dtype=torch.uint8), torch.full((1, 1, 3, 4, 4), 255, dtype=torch.uint8)
+    slow, fast = torch.cat([black, white], 1), torch.cat([black, black, black, white], 1)
+    image = Image.open(io.BytesIO(animated_table({"slow": slow, "fast": fast}, ["a"], seconds=2.0)))
+    shown = []
+    for frame in range(image.n_frames):
+        image.seek(frame)
+        light = image.convert("L")
+        shown.append((image.info["duration"], *(light.getpixel((x, light.height - 20)) > 128 for x in (150, 260))))
+    assert shown == [(1000, False, False), (500, True, False), (500, True, True)]
+
+
+def test_channel_statistics_are_those_of_all_batches():
+    z, kl = torch.randn(6, 2, 3, 3, 5) * torch.arange(1, 6) + 7, torch.rand(6, 2, 3, 3, 5)
+    statistics = ChannelStatistics(5)
+    for rows in (slice(0, 4), slice(4, 6)):
+        statistics.update(z[rows], kl[rows])
+    found = statistics.compute()
+    tokens = z.double().flatten(0, -2)
+    torch.testing.assert_close(found["mean"], tokens.mean(0))
+    torch.testing.assert_close(found["std"], tokens.std(0, correction=0))
+    torch.testing.assert_close(found["KL"], kl.double().flatten(0, -2).mean(0))
 
 
 def test_a_contact_sheet_has_a_row_for_each_video():
@@ -55,6 +79,7 @@ def test_adherence_counts_right_attributes():
     assert all(adherence.compute()[name] == 1 for name in Adherence.attributes)
     wrong = Composition("red" if infos[0]["colour"] != "red" else "blue", "none", "none", "small")
     adherence.update(videos[:1], [vars(wrong)])
+    adherence.update(videos[:1], [{"caption": "of which nothing else is known"}])
     assert adherence.compute()["colour"] == pytest.approx(4 / 5)
 
 
