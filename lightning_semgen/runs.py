@@ -50,6 +50,7 @@ def load_stage(run: str | Path) -> LightningModule:
     parser.add_class_arguments(VideoDataModule, "data")
     link_clip(parser)
     stage = parser.instantiate_classes(parser.parse_object({name: config[name] for name in ("model", "data")})).model
+    stage.on_load_checkpoint(checkpoint)
     stage.load_state_dict(checkpoint["state_dict"])
     return stage.eval()
 

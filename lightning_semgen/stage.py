@@ -248,7 +248,18 @@ class Stage(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         frozen = not self.learns_compressor or self.global_step > self.compressor_steps
+        checkpoint["fingerprint"] = self.fingerprint()
         checkpoint["semantics"] = {"encoder": "none"} if self.space is None else self.space.facts | {"frozen": frozen}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """UserError where the frozen parts are not those that the run was trained with."""
+        found = checkpoint.get("fingerprint", {})
+        for name, value in self.fingerprint().items():
+            if name.endswith("_weights") and found.get(name) != value:
+                raise UserError(
+                    f"The checkpoint was trained with {name} {found.get(name)}, here they are {value}: give"
+                    " the weights it was trained with, or train it again."
+                )
 
     # Sampling
 

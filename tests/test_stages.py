@@ -160,3 +160,12 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     factors = [factor(step, warmup=10, end=100) for step in range(120)]
     assert factors[0] == pytest.approx(0.1) and max(factors) > 0.9
     assert factors[99] < 1e-3 and set(factors[100:]) == {0.0}
+
+
+def test_a_checkpoint_trained_with_other_frozen_weights_is_refused(latent):
+    checkpoint = {}
+    latent.on_save_checkpoint(checkpoint)
+    latent.on_load_checkpoint(checkpoint)
+    checkpoint["fingerprint"]["vae_weights"] = "others"
+    with pytest.raises(UserError, match="vae_weights others"):
+        latent.on_load_checkpoint(checkpoint)
