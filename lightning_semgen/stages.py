@@ -179,7 +179,7 @@ class LatentStage(Stage):
             semantics = self.inference_semantics(z_sem, keys)
         if self.guidance_scale != 1:
             without.append(([""] * len(captions), semantics, self.guidance_scale))
-        if self.semantic_guidance_scale != 1:
+        if semantics is not None and self.semantic_guidance_scale != 1:
             none = self.noised(z_sem, keys, torch.ones_like(semantics.tau))
             without.append((captions, none, self.semantic_guidance_scale))
         return self.vae.decode(self.sample(self.latent_shape, captions, keys, semantics, without))
