@@ -32,8 +32,8 @@ def pack_videos(
 
     Args:
         source: folder of videos, with captions in NAME.txt or NAME.json beside NAME.mp4 or in a captions.jsonl or
-            captions.csv; or such a table itself, with columns path (or file), relative to the table, and caption.
-            Whatever else is in the JSON or the table is kept.
+            captions.csv; or such a table itself, with columns path (or file), relative to the table, and caption; or
+            one video. Whatever else is in the JSON or the table is kept.
         out: folder of the shards, train-*.tar, and of rejected.jsonl, which names the files that are left out and why.
         shard_size: size of a shard in MB.
         val_share: share of the clips to hold out, as val-*.tar; which ones depends on their names alone.

@@ -109,7 +109,7 @@ def run(args: list[str] | None = None, execute: bool = True) -> SemGenCLI:
         seed_everything_default=0,
         save_config_callback=SaveRunConfig,
         trainer_defaults=TRAINER_DEFAULTS,
-        parser_kwargs={"epilog": "further commands: " + "; ".join(f"{n}: {f.__doc__}" for n, f in COMMANDS.items())},
+        parser_kwargs={"epilog": "further commands: " + " ".join(f"{n}: {f.__doc__}" for n, f in COMMANDS.items())},
         args=args,
         run=execute,
     )
@@ -126,7 +126,7 @@ def encode(args: list[str]) -> None:
 
 
 def pack(args: list[str]) -> None:
-    """Packs a folder or table of captioned videos into shards; `lightning pack --help`."""
+    """Packs a folder or table of captioned videos into shards."""
     auto_cli(pack_videos, args=args, prog="lightning pack")
 
 
