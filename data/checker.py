@@ -5,21 +5,21 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.toy import COLOURS, DIRECTIONS, SHAPES
+from data.toy import ASPECT, COLOURS, DIRECTIONS, SHAPES
 
 NONE = "none"
 _FRAMES, _SIDE = 12, 48  # a clip is read at about this many frames and pixels per short side
 _MIN_CHROMA = 40.0  # a sprite is at least this far from grey, 0 to 255,
 _MIN_COSINE = 0.8  # and its hue at least this near to one of the palette
 _AREA = (0.01, 0.4)  # of the frame
-_MIN_OVERLAP = 0.5  # IoU with a disc; below, the pixels are not one compact blob
+_MIN_OVERLAP = 0.35  # IoU with a disc (a bar has 0.51); below, the pixels are not one compact blob
 _MAX_MISFIT = 0.8  # distance to the nearest shape, where two shapes are 1 or more apart
 _MIN_TRAVEL = 0.04  # of the frame's side, from the first frame to the last
 _MAX_WOBBLE = 0.25  # deviation from a straight steady path, of the travel
 
-# E[Im z^3] and E[Re z^4] over a triangle and a square of unit area, about the centre; a disc has 0 in both.
-_TRIANGLE_MOMENT, _SQUARE_MOMENT = (4 / 27**0.5) ** 1.5 / 10, -1 / 60
-_MOMENTS = {"circle": (0, 0), "square": (0, 1), "triangle": (1, 0)}  # in units of those two
+# E[z^2] over a shape of unit area, about its centre, in units of a bar's.
+_BAR_MOMENT = (ASPECT - 1 / ASPECT) / 12
+_MOMENTS = {"circle": 0, "bar": 1, "pillar": -1}
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,14 @@ def _offsets(centres: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _shape(cover: np.ndarray, centres: np.ndarray, areas: np.ndarray) -> str:
-    """The shape with the nearest harmonic moments, which a round blur leaves as they are."""
+    """The shape with the nearest second moment, which a round blur leaves as it is."""
     z = _offsets(centres, *cover.shape[1:])
-    weight = cover * (np.abs(z) ** 2 < 4 * areas[:, None, None] / np.pi)  # two radii hold a blurred triangle
+    weight = cover * (np.abs(z) ** 2 < 4 * areas[:, None, None] / np.pi)  # two radii hold a blurred bar
     total = weight.sum((1, 2))
     z -= ((weight * z).sum((1, 2)) / total)[:, None, None]
-    third = (weight * (z**3).imag).sum((1, 2)) / total**2.5 / _TRIANGLE_MOMENT
-    fourth = (weight * (z**4).real).sum((1, 2)) / total**3 / _SQUARE_MOMENT
-    moments = np.median(third), np.median(fourth)
-    misfit = {shape: np.hypot(*np.subtract(moments, _MOMENTS[shape])) for shape in SHAPES}
+    moments = (weight * z**2).sum((1, 2)) / total**2 / _BAR_MOMENT
+    moment = np.median(moments.real) + 1j * np.median(moments.imag)
+    misfit = {shape: abs(moment - _MOMENTS[shape]) for shape in SHAPES}
     shape = min(misfit, key=misfit.get)
     return shape if misfit[shape] < _MAX_MISFIT else NONE
 

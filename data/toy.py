@@ -9,24 +9,21 @@ import numpy as np
 from data.mp4 import write_mp4
 
 COLOURS = {"red": (222, 36, 40), "green": (32, 176, 64), "blue": (40, 76, 224), "yellow": (242, 212, 32)}
-SHAPES = ("circle", "square", "triangle")
+SHAPES = ("circle", "bar", "pillar")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}  # axis (x, y), sign
-SIZES = {"small": 10 / 48, "large": 14 / 48}  # radius / short side of the frame
+SIZES = {"small": 9 / 48, "large": 12.5 / 48}  # radius / short side of the frame
 SPLITS = ("train", "heldout")
 
-# All shapes have the area of a disc of radius 1: half the side of the square, inradius of the triangle.
-_HALF_SIDE = (np.pi / 4) ** 0.5
-_INRADIUS = (np.pi / 27**0.5) ** 0.5
-_EXTENTS = {  # from the centre to the left and right, up, down
-    "circle": (1, 1, 1),
-    "square": (_HALF_SIDE, _HALF_SIDE, _HALF_SIDE),
-    "triangle": (3**0.5 * _INRADIUS, 2 * _INRADIUS, _INRADIUS),
-}
+ASPECT = 2.5  # of a bar, which lies; a pillar stands
+
+# Half width and half height; all shapes have the area of a disc of radius 1.
+_LONG, _SHORT = (np.pi * ASPECT) ** 0.5 / 2, (np.pi / ASPECT) ** 0.5 / 2
+_EXTENTS = {"circle": (1.0, 1.0), "bar": (_LONG, _SHORT), "pillar": (_SHORT, _LONG)}
 
 _WORDS = {
     "circle": ("circle", "disc", "ball"),
-    "square": ("square", "box"),
-    "triangle": ("triangle",),
+    "bar": ("bar", "plank"),
+    "pillar": ("pillar", "column"),
     "left": ("left", "leftwards", "to the left"),
     "right": ("right", "rightwards", "to the right"),
     "up": ("up", "upwards", "to the top"),
@@ -101,19 +98,18 @@ def render(
     path = _path(composition, radius, rng, (width, height), np.arange(num_frames) / fps)  # (T, 2)
     x = np.arange(width, dtype=np.float32) + 0.5 - path[:, None, None, 0]  # (T, 1, W)
     y = np.arange(height, dtype=np.float32)[:, None] + 0.5 - path[:, None, None, 1]  # (T, H, 1)
-    cover = np.clip(0.5 - distance(composition.shape, x, y, radius), 0, 1)[:, None]  # (T, 1, H, W)
+    cover = np.clip(0.5 - _distance(composition.shape, x, y, radius), 0, 1)[:, None]  # (T, 1, H, W)
     colour = np.float32(COLOURS[composition.colour] + rng.uniform(-12, 12, 3))[:, None, None]
     background = _background(rng, height, width)
     return (background + cover * (colour - background) + 0.5).astype(np.uint8)
 
 
-def distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float | np.ndarray) -> np.ndarray:
+def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Signed distance in pixels, inside < 0, to the outline of a shape as large as a disc of this radius."""
     if shape == "circle":
         return np.sqrt(x * x + y * y) - radius
-    if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - _HALF_SIDE * radius
-    return np.maximum(0.75**0.5 * np.abs(x) - 0.5 * y, y) - _INRADIUS * radius
+    half_width, half_height = radius * np.array(_EXTENTS[shape])
+    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
 
 
 def toy_clip(
@@ -144,9 +140,8 @@ def _path(
     seconds: np.ndarray,
 ) -> np.ndarray:
     """Centres (T, 2) in pixels, x then y, from which the sprite stays inside the frame (width, height)."""
-    side, up, down = radius * np.array(_EXTENTS[composition.shape])
-    low = np.array([side, up]) + 1.5
-    room = frame - np.array([side, down]) - 1.5 - low
+    low = radius * np.array(_EXTENTS[composition.shape]) + 1.5
+    room = frame - 2 * low
     axis, sign = DIRECTIONS[composition.direction]
     travel = np.zeros(2)
     travel[axis] = min(rng.uniform(0.42, 0.56) * frame[axis], room[axis])

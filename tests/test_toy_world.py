@@ -18,7 +18,8 @@ from data.toy import SPLITS, caption, compositions, render, toy_clip
 NOTHING = Reading("none", "none", "none")
 SYNONYMS = {
     "circle": {"circle", "disc", "ball"},
-    "square": {"square", "box"},
+    "bar": {"bar", "plank"},
+    "pillar": {"pillar", "column"},
     "left": {"left", "leftwards"},
     "right": {"right", "rightwards"},
     "up": {"up", "upwards", "top"},
