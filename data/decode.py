@@ -13,6 +13,7 @@ from data.clip import Clip
 from data.hdr import HLG, PQ, to_sdr
 
 TOLERANCE = 1e-3  # seconds; mkv and webm round timestamps to milliseconds
+MAX_PIXELS = 8192 * 8192
 
 
 class Rejected(Exception):
@@ -43,13 +44,18 @@ def decode_clip(video: bytes, clip: Clip, start: float = 0.0, semantic_only: boo
 @contextmanager
 def opened(video: bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The container and its main video stream; `Rejected` where there is none or what is read of it is broken."""
+    limit = {"max_pixels": str(MAX_PIXELS)}  # for frames decoded to learn what the stream is, and for those after
     try:
-        with av.open(io.BytesIO(video), metadata_errors="replace") as container:  # titles come in any encoding
+        # titles come in any encoding
+        with av.open(io.BytesIO(video), metadata_errors="replace", options=limit) as container:
             stream = container.streams.best("video")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise Rejected("no video stream")
             if stream.codec_context is None:
                 raise Rejected("no decoder for its codec")
+            if not 0 < stream.codec_context.width * stream.codec_context.height <= MAX_PIXELS:
+                raise Rejected("no picture size, or one of more than 67 megapixels")
+            stream.codec_context.options = limit
             stream.thread_count = 1  # workers are the parallelism
             yield container, stream
     except av.FFmpegError as error:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -169,6 +170,51 @@ def test_what_is_broken_inside_or_has_no_decoder_is_rejected():
         probe(video.replace(b"avc1", b"zzz1"))
     with pytest.raises(Rejected, match="empty file"):
         probe(b"")
+
+
+def of_16000_square_pixels(video: bytes, declared: bool) -> bytes:
+    """A VP9 mp4 of 64 x 64 pixels whose first frame, and the container if `declared`, says that it is far larger."""
+    patched = bytearray(video)
+    header = video.index(b"\x49\x83\x42") + 3  # the frame's sync code; its width and height follow after four bits
+    fields = int.from_bytes(video[header : header + 5], "big")
+    assert fields >> 4 & 0xFFFFFFFF == 63 << 16 | 63
+    fields = fields & ~(0xFFFFFFFF << 4) | (15999 << 16 | 15999) << 4
+    patched[header : header + 5] = fields.to_bytes(5, "big")
+    if declared:
+        entry = video.index(b"vp09", video.index(b"stsd")) + 28
+        assert video[entry : entry + 4] == struct.pack(">2H", 64, 64)
+        patched[entry : entry + 4] = struct.pack(">2H", 16000, 16000)
+    return bytes(patched)
+
+
+def peak_memory() -> int:
+    """In MB."""
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1000
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("declared", [True, False])
+def test_an_absurd_picture_size_is_rejected_before_it_costs_memory(declared):
+    video = muxed({"codec": "libvpx-vp9", "frames": 3, "width": 64, "height": 64, "pix_fmt": "yuv420p"})
+    assert probe(video)["frames"] == 3
+    absurd = of_16000_square_pixels(video, declared)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from here
+    before = peak_memory()
+    for read in (probe, lambda video: decode_clip(video, Clip(1, 16, 16, 24.0, 12.0))):
+        with pytest.raises(Rejected, match="more than 67 megapixels"):
+            read(absurd)
+    assert peak_memory() - before < 50  # one frame is 400 MB
+
+
+def test_a_stream_that_grows_absurd_is_rejected_too(monkeypatch):
+    small, large = (
+        H264 | {"codec": "mjpeg", "pix_fmt": "yuvj420p", "width": side, "height": side} for side in (32, 128)
+    )
+    frames = [muxed(stream, format="mjpeg") for stream in (small, large)]
+    monkeypatch.setattr("data.decode.MAX_PIXELS", 64 * 64)
+    assert len(decode_clip(frames[0], Clip(1, 16, 16, 25.0, 25.0))) == 1
+    with pytest.raises(Rejected, match="does not decode"):
+        probe(b"".join(frames))
 
 
 def test_a_title_in_any_encoding_is_no_obstacle():
