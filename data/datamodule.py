@@ -14,7 +14,7 @@ from data.clip import Clip
 from data.datasets import ClipDataset, FixedClips, Prompts, References, Stream, captions, collate, read_prompts
 from data.encoded import check_fingerprint, encode_shards, encoded_paths
 from data.order import PositionBatches
-from data.shards import Shards, index_path, write_shard
+from data.shards import MAX_MEMBER_MB, Shards, index_path, write_shard
 from data.toy import toy_clip
 from lightning_semgen.errors import UserError
 
@@ -25,7 +25,7 @@ class VideoDataModule(LightningDataModule):
     """Captioned clips from WebDataset shards, and prompts to generate from.
 
     Args:
-        train_shards: glob or brace pattern (or a list) of the shards to train on.
+        train_shards: glob or brace pattern (or a list) of the shards to train on, paths or URLs (s3://, gs://, https://).
         val_shards: the same for validation and test.
         batch_size: clips in a batch of one device.
         num_frames: frames of a clip at `fps`; 4k + 1 for VAEs that compress time by 4.
@@ -40,6 +40,8 @@ class VideoDataModule(LightningDataModule):
         reference: video, or folder or table of videos, whose semantics (layout and motion) predict generates from; each
             with every prompt of `prompts`, else with its own caption, else with the empty prompt.
         samples_per_prompt: videos for each prompt, with seeds `seed`, `seed` + 1, …
+        max_member_mb: size in MB above which a file in a shard is not read and its sample rejected.
+        allow_pipe: whether shards may be commands, "pipe:COMMAND"; what each prints is copied once to this machine.
         num_workers: processes that read and decode.
         seed: of the order of samples and of everything random about them; set by seed_everything.
     """
@@ -59,6 +61,8 @@ class VideoDataModule(LightningDataModule):
         prompts: str | None = None,
         reference: str | None = None,
         samples_per_prompt: int = 1,
+        max_member_mb: int = MAX_MEMBER_MB,
+        allow_pipe: bool = False,
         num_workers: int = 1,
         seed: int = 0,
     ):
@@ -68,7 +72,7 @@ class VideoDataModule(LightningDataModule):
         self.encoded = None if encoded is None else Path(encoded)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.prompts, self.reference, self.samples_per_prompt = prompts, reference, samples_per_prompt
-        self.toy_clips = toy_clips
+        self.toy_clips, self.max_member_mb, self.allow_pipe = toy_clips, max_member_mb, allow_pipe
         self.delivered = 0
 
     # What has to be there before training
@@ -97,9 +101,9 @@ class VideoDataModule(LightningDataModule):
             )
 
     def _clips(self, split: str, encoded: bool) -> ClipDataset:
-        shards = Shards(self.shards[split])
+        shards = self._shards(self.shards[split])
         if encoded:
-            shards = Shards([str(path) for path in encoded_paths(shards, self.encoded / split)])
+            shards = self._shards([str(path) for path in encoded_paths(shards, self.encoded / split)])
         for folder in {path.parent for path in shards.paths}:
             if (folder / "fingerprint.json").exists():  # encoded shards, whoever named them
                 check_fingerprint(folder, self.trainer.lightning_module.fingerprint())
@@ -108,6 +112,9 @@ class VideoDataModule(LightningDataModule):
                 f"{split}: {shards.uncaptioned} samples without a caption are skipped, {len(shards)} are used."
             )
         return ClipDataset(shards, self.clip, self.trainer.lightning_module.needs_video)
+
+    def _shards(self, patterns: str | list[str]) -> Shards:
+        return Shards(patterns, self.max_member_mb, self.allow_pipe)
 
     # Loaders
 
@@ -125,7 +132,7 @@ class VideoDataModule(LightningDataModule):
         return self._loader(clips, batch_size=self.batch_size, sampler=self._even_share(clips))
 
     def test_dataloader(self) -> DataLoader:
-        prompts = Prompts(captions(Shards(self.shards["val"])), self.seed, self.samples_per_prompt)
+        prompts = Prompts(captions(self._shards(self.shards["val"])), self.seed, self.samples_per_prompt)
         return self._loader(prompts, batch_size=self.batch_size, sampler=self._share(prompts))
 
     def predict_dataloader(self) -> DataLoader:

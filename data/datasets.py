@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -154,8 +155,12 @@ def caption_of(members: dict) -> dict:
 
 
 def captions(shards: Shards) -> list[dict]:
-    """The JSON of every sample."""
-    return [caption_of(shards.read(index, only=("json",)))["info"] for index in range(len(shards))]
+    """The JSON of every sample that is not rejected."""
+    infos = []
+    for index in range(len(shards)):
+        with suppress(Rejected):
+            infos.append(caption_of(shards.read(index, only=("json",)))["info"])
+    return infos
 
 
 def read_prompts(path: str) -> list[dict]:
