@@ -22,6 +22,7 @@ FIRST_PAUSE = 0.25  # seconds, doubled from attempt to attempt: half a minute in
 BLOCK = 2**23  # bytes of a request where a file is read from end to end
 MAX_GAP = 2**16  # bytes between two ranges that cost less than a second request
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, UserError)
+CONNECTION = (aiohttp.ClientError, ConnectionError, TimeoutError)
 
 log = logging.getLogger(__name__)
 
@@ -120,12 +121,12 @@ class RemotePath:
             try:
                 return request(files, path)
             except Exception as error:  # each filesystem has its own
-                cause = _raise_final(error)
+                cause = _passing(error)
             if attempt + 1 < ATTEMPTS:
-                log.warning("%s: %r, attempt %d of %d", self, cause, attempt + 1, ATTEMPTS)
+                log.warning("%s: attempt %d of %d: %s", self, attempt + 1, ATTEMPTS, cause)
                 # Workers that failed together do not come back together.
                 time.sleep(FIRST_PAUSE * 2**attempt * SystemRandom().uniform(0.5, 1.5))
-        raise UserError(f"{self} could not be read in {ATTEMPTS} attempts; the last ended with {cause!r}.")
+        raise UserError(f"{self} could not be read in {ATTEMPTS} attempts; the last: {cause}.")
 
     def _filesystem(self) -> tuple[fsspec.AbstractFileSystem, str]:
         protocol = self.url.partition("://")[0]
@@ -174,13 +175,15 @@ def _range(files: fsspec.AbstractFileSystem, path: str, start: int, size: int) -
     return data
 
 
-def _raise_final(error: Exception) -> BaseException:
-    """The cause of an error that may pass; raises one that will not."""
+def _passing(error: Exception) -> str:
+    """What has gone wrong where it may go right the next time; raises the error where it will not."""
     # fsspec says of whatever befell a question for a size over HTTP that there is no such file.
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    if isinstance(cause, aiohttp.ClientResponseError) and cause.status < 500 and cause.status not in (408, 429):
-        kind = FileNotFoundError if cause.status in (404, 410) else PermissionError
-        raise kind(f"the server answers {cause.status} {cause.message}") from error
-    if isinstance(cause, FINAL):
-        raise error
-    return cause
+    cause = error.__cause__ if isinstance(error.__cause__, CONNECTION) else error
+    if not isinstance(cause, aiohttp.ClientResponseError):
+        if isinstance(cause, FINAL):
+            raise error
+        return f"{type(cause).__name__}, {cause}"
+    answer = f"the server answers {cause.status} {cause.message}"
+    if cause.status < 500 and cause.status not in (408, 429):
+        raise (FileNotFoundError if cause.status in (404, 410) else PermissionError)(answer) from error
+    return answer
