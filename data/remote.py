@@ -108,10 +108,11 @@ class RemotePath:
 
     def read_ranges(self, ranges: list[tuple[int, int]]) -> list[bytes]:
         """The bytes of (offset, size) ranges; neighbours come in one request."""
-        start, end = min(offset for offset, _ in ranges), max(offset + size for offset, size in ranges)
+        start = min((offset for offset, _ in ranges), default=0)
+        end = max((offset + size for offset, size in ranges), default=0)
         if end - start > sum(size + MAX_GAP for _, size in ranges):
             return [self.read(offset, size) for offset, size in ranges]
-        span = memoryview(self.read(start, end - start))
+        span = memoryview(self.read(start, end - start) if end > start else b"")
         return [bytes(span[offset - start :][:size]) for offset, size in ranges]
 
     def _persistently(self, request: Callable[[fsspec.AbstractFileSystem, str], Any]) -> Any:

@@ -1,7 +1,7 @@
 """WebDataset tar shards with an index beside each: written at once or not at all, read at any place.
 
-`NAME.tar.index.json` holds, for every sample, its key, whether it has a caption, where its members lie, and what
-`lightning pack` measured of its video; and the size and time of the shard it is of.
+`NAME.tar.index.json` holds, for every sample, its key, whether it has a caption, where its members lie, what `lightning
+pack` measured of its video, and the problem of one that cannot be used; and the size and time of the shard it is of.
 """
 
 import glob

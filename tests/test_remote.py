@@ -9,11 +9,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data.datamodule import VideoDataModule
 from data.remote import ATTEMPTS, RemotePath
 from data.shards import Shards, index_path, write_shard
 from lightning_semgen.errors import UserError
@@ -193,6 +196,23 @@ def test_workers_read_on_their_own(packed, server):
     for _ in range(2):
         loader = DataLoader(Samples(remote), batch_size=None, num_workers=2, multiprocessing_context="fork")
         assert list(loader) == everything(packed)
+
+
+def first_batch(train_shards: str, **options) -> dict:
+    module = VideoDataModule(train_shards, batch_size=4, num_workers=0, **options)
+    stage = SimpleNamespace(needs_video=True)
+    module.trainer = SimpleNamespace(global_rank=0, world_size=1, training=True, lightning_module=stage)
+    return next(iter(module.train_dataloader()))
+
+
+def test_the_data_module_reads_from_urls_and_keeps_its_limits(shards, server):
+    server.folder, server.failures = str(shards / "shards/toy"), 0.2
+    remote, local = first_batch(f"{server.url}/train-*.tar"), first_batch(f"{server.folder}/train-*.tar")
+    assert torch.equal(remote["frames"], local["frames"]) and remote["sample"] == local["sample"]
+    with pytest.raises(UserError, match="No sample of http.* can be used.*more than 0 MB"):
+        first_batch(f"{server.url}/train-*.tar", max_member_mb=0)
+    with pytest.raises(UserError, match="would run a command"):
+        first_batch("pipe:cat train-0.tar")
 
 
 def test_a_dead_server_is_named_with_the_attempts(packed, server):
