@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 import fsspec
+from fsspec.implementations.http import HTTPFileSystem
 from fsspec.registry import known_implementations
 
 from lightning_semgen.errors import UserError
@@ -168,12 +169,21 @@ class RemoteFile(io.RawIOBase):
 
 
 def _range(files: fsspec.AbstractFileSystem, path: str, start: int, size: int) -> bytes:
-    data = files.cat_file(path, start=start, end=start + size)
-    if len(data) > size:
-        raise UserError(f"The server of {path} does not serve parts of a file: copy it to a disk.")
-    if len(data) < size:
+    options = _http_options(path, size) if isinstance(files, HTTPFileSystem) else {}
+    data = files.cat_file(path, start=start, end=start + size, **options)
+    if len(data) != size:
         raise ConnectionError(f"{len(data)} of {size} bytes")
     return data
+
+
+def _http_options(url: str, size: int) -> dict[str, Any]:
+    """Of a request for some bytes of a file, so that the whole of it is never taken into memory."""
+
+    async def check(response: aiohttp.ClientResponse) -> None:
+        if response.status == 200 and response.content_length != size:
+            raise UserError(f"The server of {url} does not serve parts of a file: copy it to a disk.")
+
+    return {"raise_for_status": check, "headers": {"Accept-Encoding": "identity"}}
 
 
 def _passing(error: Exception) -> str:

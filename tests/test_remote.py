@@ -31,7 +31,7 @@ class Handler(BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
-    ranges = True
+    wbufsize = -1  # an answer in one packet: nothing waits for an acknowledgement
 
     def do_HEAD(self):
         self.do_GET()
@@ -224,7 +224,7 @@ def test_a_dead_server_is_named_with_the_attempts(packed, server):
     assert ATTEMPTS <= server.requests.total() <= 2 * ATTEMPTS  # aiohttp itself tries a closed connection once more
 
 
-def test_what_is_missing_refused_or_served_whole_is_not_tried_again(packed, server, tmp_path):
+def test_what_is_missing_or_refused_is_not_tried_again(packed, server, tmp_path):
     with pytest.raises(UserError, match="There is no shard .*/train-3.tar"):
         Shards(f"{server.url}/train-{{0..7}}.tar")
     with pytest.raises(UserError, match="no shards at .*other"):
@@ -233,9 +233,13 @@ def test_what_is_missing_refused_or_served_whole_is_not_tried_again(packed, serv
     with pytest.raises(UserError, match="secret/train-0.tar cannot be read.*403"):
         Shards(f"{server.url}/secret/train-0.tar")
     assert max(server.requests.values()) <= 2
-    server.ranges = False
+
+
+def test_a_server_that_knows_no_ranges_is_refused_before_it_sends_a_shard(packed, server):
+    remote = Shards(f"{server.url}/train-0.tar")
+    server.ranges, server.failures = False, 1.0
     with pytest.raises(UserError, match="does not serve parts of a file"):
-        Shards(f"{server.url}/train-0.tar").read(3)
+        remote.read(3)
 
 
 def test_a_filesystem_that_is_not_there_is_named(tmp_path):
