@@ -8,7 +8,7 @@ def probe(video: bytes) -> dict[str, float | int | str | None]:
 
     `duration` is in seconds, from the first frame to the end of the last; `width` and `height` are those of the
     picture on display, turned by `rotation` degrees clockwise and with square pixels; `fps` is the mean rate, None of
-    a single frame without a duration; `frames` is how many there are.
+    a single frame without a duration; `frames` is how many there are; `size` is the file's in bytes.
     """
     if not video:
         raise Rejected("empty file")
@@ -33,6 +33,7 @@ def probe(video: bytes) -> dict[str, float | int | str | None]:
             "rotation": -frame.rotation % 360,
             "codec": stream.codec_context.codec.canonical_name,
             "frames": count,
+            "size": len(video),
         }
 
 

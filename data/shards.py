@@ -30,7 +30,7 @@ VIDEO_EXTENSIONS = (
     *("mp4", "webm", "mkv", "mov", "avi", "m4v", "3gp", "3g2", "ts", "mts", "m2ts"),
     *("flv", "f4v", "mpg", "mpeg", "wmv", "asf", "ogv", "mxf"),
 )
-MEASURED = ("duration", "width", "height", "fps", "rotation", "codec", "frames")  # see `probe`
+MEASURED = ("duration", "width", "height", "fps", "rotation", "codec", "frames", "size")  # see `probe`
 
 
 def index_path(shard: Path | RemotePath) -> Path | RemotePath:

@@ -90,7 +90,7 @@ def test_a_folder_becomes_shards_that_fit_reads(folder, tmp_path, lightning, cap
     assert infos["clip_1"]["label"] == 3 and infos["clip_1"]["path"] == "clip.1.mp4"
     assert "caption" not in infos["mute"] and infos["sub/a"]["fps"] == 24
     (row,) = [row for row in read_index(out / "train-000000.tar") if row["key"] == "sub/a"]
-    assert [row[name] for name in MEASURED] == [2.042, 48, 48, 24.0, 0, "h264", 49]
+    assert [row[name] for name in MEASURED] == [2.042, 48, 48, 24.0, 0, "h264", 49, len(VIDEO)]
     assert rejected(out).keys() == {"empty.mp4", "half.mp4"} and rejected(out)["empty.mp4"] == "empty file"
     shards = Shards(str(out / "*.tar"))
     assert len(shards) == 3 and shards.uncaptioned == 2

@@ -143,9 +143,10 @@ def test_a_file_without_moving_pictures_is_rejected(streams):
 
 
 def test_what_is_measured():
-    measured = probe(muxed(H264 | {"frames": 24}, AUDIO))
+    video = muxed(H264 | {"frames": 24}, AUDIO)
+    measured = probe(video)
     assert tuple(measured) == MEASURED
-    assert tuple(measured.values()) == (1.0, 48, 32, 24.0, 0, "h264", 24)
+    assert tuple(measured.values()) == (1.0, 48, 32, 24.0, 0, "h264", 24, len(video))
 
 
 @pytest.mark.parametrize("format", ["matroska", "avi", "mp4"])
