@@ -1,24 +1,34 @@
-"""Captioned videos to shards: bytes as they are, broken files named, no shard made twice."""
+"""Captioned videos to shards: long ones cut, broken ones named, no shard made twice."""
 
+import fcntl
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate, groupby
 from pathlib import Path
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
-from torch.utils.data import DataLoader
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
+from data.captioning import Captioner
 from data.decode import Rejected
-from data.probe import probe
-from data.shards import read_index, write_atomically, write_shard
-from data.sources import Video, find_videos
+from data.measuring import measure_all
+from data.segments import split
+from data.shard_sources import find_sources
+from data.shards import has_caption, read_index, write_atomically, write_shard
+from data.sources import Video, segment_key
 from lightning_semgen.errors import UserError
 
 CORES = os.cpu_count() or 1
-RECORD, REJECTED = "pack.json", "rejected.jsonl"
+RECORD, REJECTED, LOCK = "pack.json", "rejected.jsonl", "pack.lock"
+PROMPT = (
+    "Describe this video in one paragraph: who and what is to be seen, what they look like, what happens, where it is,"
+    " and how the camera moves."
+)
 
 
 def pack_videos(
@@ -26,6 +36,9 @@ def pack_videos(
     out: Path,
     shard_size: PositiveInt = 512,
     val_share: ClosedUnitInterval = 0.0,
+    segment_seconds: NonNegativeFloat = 60.0,
+    caption_with: str | None = None,
+    caption_prompt: str = PROMPT,
     workers: NonNegativeInt = CORES,
 ) -> None:
     """Packs captioned videos into WebDataset shards. Killed, it goes on where it stopped when it is called again.
@@ -33,21 +46,33 @@ def pack_videos(
     Args:
         source: folder of videos, with captions in NAME.txt or NAME.json beside NAME.mp4 or in a captions.jsonl or
             captions.csv; or such a table itself, with columns path (or file), relative to the table, and caption; or
-            one video. Whatever else is in the JSON or the table is kept.
+            one video; or shards of KEY.mp4 with KEY.txt or KEY.json: a folder of .tar files, one, or a quoted pattern
+            like 'old/train-{000..099}.tar'. Whatever else is in the JSON or the table is kept.
         out: folder of the shards, train-*.tar, and of rejected.jsonl, which names the files that are left out and why.
         shard_size: size of a shard in MB.
-        val_share: share of the clips to hold out, as val-*.tar; which ones depends on their names alone.
+        val_share: share of the videos to hold out, as val-*.tar; which ones depends on their names alone.
+        segment_seconds: videos longer than 1.5 times this are cut, without sound and without encoding them again, at
+            the key frames nearest to this far apart, into KEY_s000, KEY_s001, …; 0 is never. All others, and those that
+            cannot be cut so, are copied byte for byte.
+        caption_with: hub id or folder of a model of transformers, image-text-to-text with a chat template, that
+            captions what has no caption.
+        caption_prompt: what that model is asked.
         workers: processes that check the files, each of which is decoded from end to end.
     """
-    videos = find_videos(source)
+    videos = find_sources(source)
+    captioner = Captioner(caption_with, caption_prompt) if caption_with else None
     shards = _plan(videos, shard_size * 10**6, val_share)
-    _claim(out, {"source": str(source), "shard_size": shard_size, "val_share": val_share, "videos": _digest(videos)})
-    todo = _unwritten(out, shards)
-    left = sum(map(len, todo.values()))
-    with tqdm(total=len(videos), initial=len(videos) - left, desc=f"packing into {out}", unit="clip") as progress:
-        for name, members in todo.items():
-            _write(out, name, members, workers, progress)
-    _report(out, [out / name for name in shards])
+    options = {"shard_size": shard_size, "val_share": val_share, "segment_seconds": segment_seconds}
+    options |= {"caption_with": caption_with, "caption_prompt": caption_prompt}
+    with _locked(out):
+        _claim(out, options, {"source": str(source), "videos": _digest(videos)})
+        todo = _unwritten(out, shards)
+        left = sum(map(len, todo.values()))
+        with tqdm(total=len(videos), initial=len(videos) - left, desc=f"packing into {out}", unit="video") as progress:
+            writer = _Writer(out, segment_seconds, captioner, workers, progress)
+            for name, members in todo.items():
+                writer.write(name, members)
+        _report(out, [out / name for name in shards], segment_seconds)
 
 
 # Which shard holds what
@@ -84,26 +109,37 @@ def _digest(videos: list[Video]) -> str:
 # Where a killed run goes on
 
 
-def _claim(out: Path, record: dict) -> None:
-    """Notes what is packed into a folder; UserError where that is something else."""
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Makes the folder and keeps other processes from packing into it; UserError where one does."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made a folder: {error.strerror}.") from error
+    with (out / LOCK).open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not kept by workers of a killed process
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"Another `lightning pack` is at work in {out}: wait, or name another folder.") from error
+        yield
+
+
+def _claim(out: Path, options: dict, content: dict) -> None:
+    """Notes what is packed into a folder, and how; UserError where that is something else."""
     path = out / RECORD
     if not path.exists():
         if any(out.glob("*.tar")):
             raise UserError(f"{out} holds shards that were not packed there: name another folder.")
-        write_atomically(path, json.dumps(record, indent=1))
+        write_atomically(path, json.dumps(options | content, indent=1))
     found = json.loads(path.read_text())
-    for name in ("shard_size", "val_share"):
-        if found[name] != record[name]:
+    for name, value in options.items():
+        if found.get(name) != value:
             raise UserError(
-                f"{out} was packed with {name} {found[name]}, not {record[name]}: delete it or name another folder."
+                f"{out} was packed with {name} {found.get(name)}, not {value}: delete it or name another folder."
             )
-    if found["videos"] != record["videos"]:
+    if found["videos"] != content["videos"]:
         raise UserError(
-            f"{out} was packed from other videos or captions (of {found['source']}) than {record['source']} has now:"
+            f"{out} was packed from other videos or captions (of {found['source']}) than {content['source']} has now:"
             " delete it or name another folder."
         )
 
@@ -138,67 +174,57 @@ def _lines(causes: dict[str, str]) -> str:
 # The work
 
 
-def _write(out: Path, name: str, videos: list[Video], workers: int, progress: tqdm) -> None:
-    """Writes one shard, and before that the causes of what it leaves out."""
-    findings = list(zip(videos, _probe_all(videos, workers, progress), strict=True))
-    with (out / REJECTED).open("a") as file:
-        file.write(_lines({video.name: cause for video, cause in findings if isinstance(cause, str)}))
-    good = [(video, measured) for video, measured in findings if isinstance(measured, dict)]
-    if good:
-        write_shard(out / name, (_sample(video, measured) for video, measured in good))
+@dataclass(frozen=True)
+class _Writer:
+    out: Path
+    segment_seconds: float
+    captioner: Captioner | None
+    workers: int
+    progress: tqdm
+
+    def write(self, name: str, videos: list[Video]) -> None:
+        """Writes one shard, and before that the causes of what it leaves out."""
+        measured = measure_all(videos, self.segment_seconds, self.workers, self.progress.update)
+        findings = list(zip(videos, measured, strict=True))
+        with (self.out / REJECTED).open("a") as file:
+            file.write(_lines({video.name: cause for video, cause in findings if isinstance(cause, str)}))
+        good = [(video, parts) for video, parts in findings if isinstance(parts, list)]
+        if good:
+            write_shard(self.out / name, (sample for found in good for sample in self._samples(*found)))
+
+    def _samples(self, video: Video, parts: list[dict]) -> Iterator[dict]:
+        """The video, or its segments: cut here again, so that no more than one has to be kept or sent."""
+        file = video.read()
+        if "segment" not in parts[0]:
+            yield self._sample(video, video.key, video.extension, file, parts[0])
+            return
+        for number, (part, segment) in enumerate(zip(parts, split(file, self.segment_seconds), strict=True)):
+            yield self._sample(video, segment_key(video.key, number), segment.extension, segment.file, part)
+
+    def _sample(self, video: Video, key: str, extension: str, file: bytes, measured: dict) -> dict:
+        info = {"path": video.name} | video.info | measured
+        match video.info.get("segment"), measured.get("segment"):
+            case [int() | float() as begin, _], [start, end]:  # of what was a segment before
+                info["segment"] = [round(begin + start, 3), round(begin + end, 3)]
+        if self.captioner and not has_caption(info):
+            self.progress.set_postfix_str(f"captioning {key}")
+            with suppress(Rejected):
+                info |= {"caption": self.captioner(file, measured), "captioned_with": self.captioner.name}
+        return {"__key__": key, extension: file, "json": info}
 
 
-def _sample(video: Video, measured: dict) -> dict:
-    info = video.info | {"path": video.name} | measured
-    return {"__key__": video.key, video.extension: video.path.read_bytes(), "json": info}
-
-
-def _probe_all(videos: list[Video], workers: int, progress: tqdm) -> list[dict | str]:
-    """What was measured of each video, or the cause why it is rejected."""
-    findings: list[dict | str] = []
-    while len(findings) < len(videos):
-        try:
-            for finding in _probes(videos[len(findings) :], workers):
-                findings.append(finding)
-                progress.update()
-        except RuntimeError:  # a file has killed its process: this one, or one soon after it
-            findings += map(_probe_alone, videos[len(findings) :][:1])
-            progress.update()
-    return findings
-
-
-def _probe_alone(video: Video) -> dict | str:
-    try:
-        return next(iter(_probes([video], 1)))
-    except RuntimeError:
-        return "kills the process that decodes it"
-
-
-def _probes(videos: list[Video], workers: int) -> DataLoader:
-    return DataLoader(videos, batch_size=None, collate_fn=_probe, num_workers=workers)
-
-
-def _probe(video: Video) -> dict | str:
-    if video.problem:
-        return video.problem
-    try:
-        return probe(video.path.read_bytes())
-    except Rejected as cause:
-        return str(cause)
-    except Exception as error:  # whatever a wild file does to a decoder, it stops no run
-        return f"cannot be read: {type(error).__name__}"
-
-
-def _report(out: Path, shards: list[Path]) -> None:
-    """Prints how many clips were packed, and how many were not, by cause up to its colon."""
+def _report(out: Path, shards: list[Path], segment_seconds: float) -> None:
+    """Prints how many clips were packed, and how many videos were not, by cause up to its colon."""
     rows = [row for shard in shards if shard.exists() for row in read_index(shard)]
     causes = Counter(cause.partition(":")[0] for cause in _rejected(out).values())
     if not rows:
         raise UserError(f"None of the {causes.total()} videos can be used: {out / REJECTED} says why.")
     hours = sum(row["duration"] for row in rows) / 3600
+    long = sum(row["duration"] > 1.5 * segment_seconds for row in rows) if segment_seconds else 0
     table = [
         ("packed", len(rows), f"{hours:.2f} h"),
         ("without a caption", sum(not row["caption"] for row in rows), ""),
+        *([("long, with no place to cut", long, "")] if long else []),
         ("rejected", causes.total(), out / REJECTED if causes else ""),
         *((f"  {cause}", number, "") for cause, number in causes.most_common()),
     ]

@@ -31,6 +31,7 @@ VIDEO_EXTENSIONS = (
     *("flv", "f4v", "mpg", "mpeg", "wmv", "asf", "ogv", "mxf"),
 )
 MEASURED = ("duration", "width", "height", "fps", "rotation", "codec", "frames", "size")  # see `probe`
+DATA_HINT = "check data.train_shards and data.val_shards, or set data.toy_clips to have a toy world rendered there"
 
 
 def index_path(shard: Path | RemotePath) -> Path | RemotePath:
@@ -122,12 +123,16 @@ def _known(text: bytes) -> dict:
         info = json.loads(text)
     if not isinstance(info, dict):
         return {"caption": False}
-    caption = info.get("caption")
     measured = {name: info[name] for name in MEASURED} if info.keys() >= set(MEASURED) else {}
-    return {"caption": isinstance(caption, str) and bool(caption.strip())} | measured
+    return {"caption": has_caption(info)} | measured
 
 
-def expand(patterns: str | list[str], allow_pipe: bool = False) -> list[Path | RemotePath]:
+def has_caption(info: dict) -> bool:
+    caption = info.get("caption")
+    return isinstance(caption, str) and bool(caption.strip())
+
+
+def expand(patterns: str | list[str], allow_pipe: bool = False, hint: str = DATA_HINT) -> list[Path | RemotePath]:
     """Shards named by glob or brace patterns (environment variables too), sorted; UserError where there are none."""
     names = [os.path.expandvars(p) for p in ([patterns] if isinstance(patterns, str) else patterns)]
     names = [name for pattern in names for name in braceexpand.braceexpand(pattern)]
@@ -137,10 +142,7 @@ def expand(patterns: str | list[str], allow_pipe: bool = False) -> list[Path | R
     if paths and absent:
         raise UserError(f"{len(absent)} of the {len(names)} named shards are missing, the first is {absent[0]}.")
     if not paths:
-        raise UserError(
-            f"There are no shards at {', '.join(names)}: check data.train_shards and data.val_shards, or set"
-            " data.toy_clips to have a toy world rendered there."
-        )
+        raise UserError(f"There are no shards at {', '.join(names)}: {hint}.")
     return paths
 
 
@@ -172,7 +174,7 @@ class Shards:
         self.uncaptioned = 0
         self.digests: list[str] = []  # of what each shard holds, whatever it is called
         with ThreadPoolExecutor(16) as pool:  # remote indexes come one request after another
-            for number, rows in enumerate(pool.map(self._rows, self.paths)):
+            for number, rows in enumerate(pool.map(self.rows, self.paths)):
                 self._add(number, rows)
         if not self.samples:
             raise UserError(
@@ -205,7 +207,8 @@ class Shards:
         return {"__key__": key} | dict(zip(ranges, contents, strict=True))
 
     @staticmethod
-    def _rows(path: Path | RemotePath) -> list[dict]:
+    def rows(path: Path | RemotePath) -> list[dict]:
+        """The index of a shard; UserError for one that is missing or broken."""
         try:
             return read_index(path)
         except UserError:

@@ -3,36 +3,37 @@
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, count
 from pathlib import Path
 
-from data.shards import VIDEO_EXTENSIONS
+from data.shards import VIDEO_EXTENSIONS, has_caption
 from lightning_semgen.errors import UserError
 
 TABLES = ("captions.jsonl", "captions.csv")
+UNREADABLE = "its .json or .txt is not readable"
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video file, by the name that its folder or table has for it."""
+    """A video, by the name that its folder, table or shard has for it."""
 
     key: str
+    stem: str  # the key but for the number that makes it unique
     name: str
-    path: Path
-    info: dict  # its caption and what else is said of it
+    extension: str
+    path: Path  # of its own file, or of the shard
+    offset: int  # in that file, bytes
     size: int  # bytes
+    info: dict  # its caption and what else is said of it
     problem: str | None  # why it is rejected without a look inside
 
-    @property
-    def stem(self) -> str:
-        """The key but for the number that makes it unique."""
-        return _stem(self.name)
-
-    @property
-    def extension(self) -> str:
-        return _extension(self.name)
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
 
 def find_videos(source: Path) -> list[Video]:
@@ -52,11 +53,13 @@ def find_videos(source: Path) -> list[Video]:
         raise UserError(f"There is no {source}.")
     if not infos:
         raise UserError(f"There are no videos in {source}: names that end in {', '.join(VIDEO_EXTENSIONS)} are.")
-    keys = _keys(infos)
-    return [_video(key, name, root / name, infos[name]) for name, key in keys.items()]
+    names = sorted(infos)
+    stems = [os.path.splitext(name)[0].lstrip("/").replace(".", "_") for name in names]  # a key ends at its first dot
+    labels = zip(unique_keys(stems), stems, names, strict=True)
+    return [_video(key, stem, name, root / name, infos[name]) for key, stem, name in labels]
 
 
-def _video(key: str, name: str, path: Path, info: dict | None) -> Video:
+def _video(key: str, stem: str, name: str, path: Path, info: dict | None) -> Video:
     size = path.stat().st_size if path.is_file() else 0
     problem = None
     if not path.is_file():
@@ -64,26 +67,30 @@ def _video(key: str, name: str, path: Path, info: dict | None) -> Video:
     elif _extension(name) not in VIDEO_EXTENSIONS:
         problem = f"unknown extension: .{_extension(name)}"
     elif info is None:
-        problem = "its .json or .txt is not readable"
-    return Video(key, name, path, info or {}, size, problem)
+        problem = UNREADABLE
+    return Video(key, stem, name, _extension(name), path, 0, size, info or {}, problem)
 
 
 def _extension(name: str) -> str:
     return Path(name).suffix[1:].lower()
 
 
-def _keys(names: Iterable[str]) -> dict[str, str]:
-    """The sorted names with unique keys; a key ends at its first dot, so it must have none."""
-    keys: dict[str, str] = {}
-    for name in sorted(names):
-        stem = _stem(name)
-        candidates = chain([stem], (f"{stem}-{number}" for number in count(2)))
-        keys[next(key for key in candidates if key not in keys)] = name
-    return {name: key for key, name in keys.items()}
+def unique_keys(stems: list[str]) -> list[str]:
+    """A key for each stem: itself, or with a number where it is taken or is the `segment_key` of another."""
+    known, taken, last = set(stems), set(), Counter()
+    keys = []
+    for stem in stems:
+        key = stem
+        while key in taken or ((segment := re.fullmatch(r"(.+)_s\d{3,}", key)) and segment[1] in known):
+            last[stem] += 1
+            key = f"{stem}-{last[stem] + 1}"
+        taken.add(key)
+        keys.append(key)
+    return keys
 
 
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0].lstrip("/").replace(".", "_")
+def segment_key(key: str, number: int) -> str:
+    return f"{key}_s{number:03d}"
 
 
 def _sidecars(folder: Path) -> dict[str, dict | None]:
@@ -95,10 +102,21 @@ def _sidecars(folder: Path) -> dict[str, dict | None]:
 def _sidecar(video: Path) -> dict | None:
     text, record = video.with_suffix(".txt"), video.with_suffix(".json")
     try:
-        info = json.loads(record.read_text("utf-8-sig")) if record.exists() else {}
-        caption = {"caption": text.read_text("utf-8-sig").strip()} if text.exists() else {}
-        return caption | info
-    except (ValueError, TypeError, OSError):
+        return merged(*(path.read_bytes() if path.exists() else None for path in (text, record)))
+    except OSError:
+        return None
+
+
+def merged(text: bytes | None, record: bytes | None) -> dict | None:
+    """What a .txt, the caption, and a .json say together, the latter first; None where they are broken."""
+    try:
+        info = json.loads(record.decode("utf-8-sig")) if record is not None else {}
+        if not isinstance(info, dict):
+            return None
+        if text is not None and not has_caption(info):
+            info |= {"caption": text.decode("utf-8-sig").strip()}
+        return info
+    except ValueError:
         return None
 
 

@@ -126,7 +126,7 @@ def encode(args: list[str]) -> None:
 
 
 def pack(args: list[str]) -> None:
-    """Packs a folder or table of captioned videos into shards."""
+    """Packs a folder, table or shards of captioned videos into shards."""
     auto_cli(pack_videos, args=args, prog="lightning pack")
 
 

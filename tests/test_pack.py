@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -15,12 +16,15 @@ import av
 import numpy as np
 import pytest
 from conftest import CLIP, CONFIGS
+from test_segments import film
 
+from data.clip import Clip
 from data.datasets import ClipDataset
 from data.mp4 import write_mp4
 from data.pack import pack_videos
 from data.shards import MEASURED, Shards, read_index
-from data.sources import find_videos
+from data.sources import find_videos, unique_keys
+from lightning_semgen.errors import UserError
 
 CLIPS = Path(os.environ.get("SEMGEN_CLIPS", Path(__file__).parents[2] / "shared/clips"))
 
@@ -71,6 +75,17 @@ def content(out: Path) -> dict[str, bytes | list]:
         path.name: json.loads(path.read_text())["samples"] if path.name.endswith(".index.json") else path.read_bytes()
         for path in out.iterdir()
     }
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    """A shard as others write them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as shard:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            shard.addfile(entry, io.BytesIO(data))
+    return path
 
 
 def table(path: Path, *rows: dict) -> Path:
@@ -155,6 +170,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     while not (killed / "train-000001.tar").exists():
         assert process.poll() is None
         time.sleep(0.001)
+    with pytest.raises(UserError, match="Another `lightning pack` is at work in"):
+        pack_videos(source, killed, shard_size=1, workers=0)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     done = {path: path.stat().st_mtime_ns for path in killed.glob("*.tar")}
@@ -181,11 +198,92 @@ def test_a_file_that_kills_its_decoder_is_left_out(folder, tmp_path, monkeypatch
     assert len(samples(tmp_path / "out")) == 5
 
 
+def test_a_worker_that_is_killed_costs_nothing(folder, tmp_path):
+    killed = []
+
+    def kill() -> None:
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.001)
+        os.kill(workers[0].pid, signal.SIGKILL)
+        killed.append(workers[0].pid)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    pack_videos(folder, tmp_path / "out", workers=2)
+    killer.join(5)
+    assert (
+        killed
+        and len(samples(tmp_path / "out")) == 5
+        and rejected(tmp_path / "out").keys() == {"empty.mp4", "half.mp4"}
+    )
+
+
+def test_shards_are_packed_anew(folder, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    pack_videos(folder, one, val_share=0.5, workers=0)
+    assert len(list(one.glob("*.tar"))) == 2
+    pack_videos(one, two, workers=0)
+    assert samples(two) == samples(one)
+    pack_videos(one / "{train,val}-*.tar", tmp_path / "three", workers=0)
+    pack_videos(one / "train-000000.tar", tmp_path / "four", val_share=0.5, workers=0)
+    assert content(tmp_path / "three")["train-000000.tar"] == content(two)["train-000000.tar"]
+    assert not list((tmp_path / "four").glob("val-*.tar"))  # the split depends on the same names
+
+
+def test_foreign_shards_are_sources_too(tmp_path):
+    old = tmp_path / "old"
+    tar(
+        old / "a.tar",
+        {"v1.mp4": VIDEO, "v1.txt": b" a text\n", "v2.MKV": VIDEO, "v2.json": b'{"caption": null, "id": 7}'},
+    )
+    members = {"v1.mp4": VIDEO, "v1.txt": b"a text", "v1.json": b'{"caption": "a record"}'}
+    members |= {"v3.jpg": b"", "v3.txt": b"x", "v4.webm": VIDEO[:-20000], "v5.mp4": VIDEO, "v5.json": b"{"}
+    tar(old / "b.tar", members)
+    pack_videos(old, tmp_path / "new", workers=0)
+    infos = samples(tmp_path / "new")
+    assert {key: info.get("caption") for key, info in infos.items()} == {"v1": "a text", "v2": None, "v1-2": "a record"}
+    assert infos["v2"]["id"] == 7 and infos["v2"]["path"] == "a.tar:v2"
+    causes = rejected(tmp_path / "new")
+    assert causes.pop("b.tar:v4").startswith(("does not decode", "truncated", "damaged"))
+    assert causes == {"b.tar:v3": "no video member", "b.tar:v5": "its .json or .txt is not readable"}
+    shards = Shards(str(tmp_path / "new/*.tar"))
+    assert len(shards) == 2 and shards.uncaptioned == 1 and shards.read(0)["mp4"] == VIDEO
+
+
+def test_long_videos_are_packed_in_segments(tmp_path):
+    source, out, again = tmp_path / "videos", tmp_path / "out", tmp_path / "again"
+    source.mkdir()
+    stuck = film(130, "matroska", key_every=250)
+    for name, video in {"long.mp4": film(130), "short.mp4": VIDEO, "stuck.mkv": stuck}.items():
+        (source / name).write_bytes(video)
+        (source / name).with_suffix(".txt").write_text(f"a {name[:-4]} video")
+    pack_videos(source, out, segment_seconds=2, workers=0)
+    infos = samples(out)
+    assert list(infos) == ["long_s000", "long_s001", "long_s002", "short", "stuck"]
+    assert [infos[f"long_s00{number}"]["segment"] for number in range(3)] == [[0, 2], [2, 4], [4, 5.417]]
+    assert {infos[f"long_s00{number}"]["caption"] for number in range(3)} == {"a long video"}
+    assert infos["long_s001"]["path"] == "long.mp4" and "segment" not in infos["short"]
+    rows = {row["key"]: row for row in read_index(out / "train-000000.tar")}
+    assert [row["frames"] for row in rows.values()] == [48, 48, 34, 49, 130]
+    assert all(row["size"] == row["members"]["mp4"][1] for row in rows.values() if "mp4" in row["members"])
+    clips = ClipDataset(Shards(str(out / "*.tar")), Clip(25, 32, 48, 24.0, 1.6))
+    assert [clips[number]["sample"] for number in range(5)] == list(infos)
+    pack_videos(out, again, segment_seconds=1, workers=0)
+    assert samples(again)["long_s001_s001"]["segment"] == [3, 4]
+
+
+def test_no_two_samples_share_a_key():
+    assert unique_keys(["a", "a", "a-2", "a"]) == ["a", "a-2", "a-2-2", "a-3"]
+    assert unique_keys(["a_s000", "b_s000", "a"]) == ["a_s000-2", "b_s000", "a"]
+
+
 def test_a_folder_holds_one_packing(folder, tmp_path, lightning, fails):
     out = str(tmp_path / "out")
     lightning("pack", str(folder), out, "--workers=0", small=False)
     lightning("pack", str(folder), out, "--workers=1", small=False)
     assert "with val_share 0.0, not 0.5" in fails("pack", str(folder), out, "--val_share=0.5", small=False)
+    assert "with segment_seconds 60.0, not 5.0" in fails("pack", str(folder), out, "--segment_seconds=5", small=False)
+    assert "with caption_prompt" in fails("pack", str(folder), out, "--caption_prompt=What?", small=False)
     (folder / "a.txt").write_text("another caption")
     assert "from other videos or captions" in fails("pack", str(folder), out, small=False)
     (tmp_path / "foreign").mkdir()
@@ -202,6 +300,12 @@ def test_bad_input_is_one_sentence(folder, tmp_path, fails):
     (tmp_path / "empty").mkdir()
     assert "There are no videos in" in said(tmp_path / "empty")
     assert "neither a folder nor" in said(Path(__file__))
+    assert "There are no shards at" in said(tmp_path / "none-{0..3}.tar")
+    assert "There are no samples in the shards" in said(tar(tmp_path / "shards/void.tar", {}))
+    (tmp_path / "shards/void.tar").write_bytes(VIDEO)
+    assert "void.tar cannot be read" in said(tmp_path / "shards")
+    (tmp_path / "shards/a.mp4").touch()
+    assert "both videos and shards" in said(tmp_path / "shards")
     row = {"path": "videos/a.mp4", "caption": "a"}
     assert "t.jsonl, line 2: there is no path" in said(table(tmp_path / "t.jsonl", row, {"caption": "a"}))
     assert "line 2: videos/a.mp4 is listed before" in said(table(tmp_path / "t.jsonl", row, row))
@@ -220,8 +324,8 @@ def test_help_describes_every_option(lightning, capsys):
         with pytest.raises(SystemExit, match="0"):
             lightning(*command, small=False)
     said = capsys.readouterr().out
-    assert "size of a shard in MB" in said and "folder of videos" in said and "share of the clips" in said
-    assert "pack: Packs a folder or table" in " ".join(said.split())
+    assert "size of a shard in MB" in said and "folder of videos" in said and "share of the videos" in said
+    assert "pack: Packs a folder, table or shards" in " ".join(said.split())
 
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="no folder of wild clips: name one in SEMGEN_CLIPS")
