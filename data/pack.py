@@ -20,7 +20,7 @@ from data.measuring import measure_all
 from data.segments import split
 from data.shard_sources import find_sources
 from data.shards import has_caption, read_index, write_atomically, write_shard
-from data.sources import Video, segment_key
+from data.sources import Video, segment_key, whole_key
 from lightning_semgen.errors import UserError
 
 CORES = os.cpu_count() or 1
@@ -91,8 +91,8 @@ def _plan(videos: list[Video], shard_bytes: int, val_share: float) -> dict[str, 
 
 
 def _draw(video: Video) -> float:
-    """A number in [0, 1) that files of one name have in common, so that copies in two formats stay together."""
-    return int.from_bytes(blake2b(video.stem.encode(), digest_size=6).digest()) / 2**48
+    """A number in [0, 1) that files of one name have in common: copies in two formats, segments packed anew."""
+    return int.from_bytes(blake2b(whole_key(video.stem).encode(), digest_size=6).digest()) / 2**48
 
 
 def _parts(videos: list[Video], size: int) -> list[list[Video]]:
@@ -224,7 +224,7 @@ def _report(out: Path, shards: list[Path], segment_seconds: float) -> None:
     table = [
         ("packed", len(rows), f"{hours:.2f} h"),
         ("without a caption", sum(not row["caption"] for row in rows), ""),
-        *([("long, with no place to cut", long, "")] if long else []),
+        *([("left whole, though long", long, "")] if long else []),
         ("rejected", causes.total(), out / REJECTED if causes else ""),
         *((f"  {cause}", number, "") for cause, number in causes.most_common()),
     ]

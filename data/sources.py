@@ -81,7 +81,7 @@ def unique_keys(stems: list[str]) -> list[str]:
     keys = []
     for stem in stems:
         key = stem
-        while key in taken or ((segment := re.fullmatch(r"(.+)_s\d{3,}", key)) and segment[1] in known):
+        while key in taken or (whole_key(key) != key and whole_key(key) in known):
             last[stem] += 1
             key = f"{stem}-{last[stem] + 1}"
         taken.add(key)
@@ -91,6 +91,11 @@ def unique_keys(stems: list[str]) -> list[str]:
 
 def segment_key(key: str, number: int) -> str:
     return f"{key}_s{number:03d}"
+
+
+def whole_key(key: str) -> str:
+    """What a `segment_key` was made of; any other key itself."""
+    return re.sub(r"(?<=.)_s\d{3,}$", "", key)
 
 
 def _sidecars(folder: Path) -> dict[str, dict | None]:

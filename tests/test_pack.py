@@ -268,7 +268,9 @@ def test_long_videos_are_packed_in_segments(tmp_path):
     assert all(row["size"] == row["members"]["mp4"][1] for row in rows.values() if "mp4" in row["members"])
     clips = ClipDataset(Shards(str(out / "*.tar")), Clip(25, 32, 48, 24.0, 1.6))
     assert [clips[number]["sample"] for number in range(5)] == list(infos)
-    pack_videos(out, again, segment_seconds=1, workers=0)
+    pack_videos(out, again, segment_seconds=1, val_share=0.5, workers=0)
+    splits = [{key.partition("_")[0] for key in samples(again, f"{split}-*.tar")} for split in ("train", "val")]
+    assert all(splits) and not splits[0] & splits[1]
     assert samples(again)["long_s001_s001"]["segment"] == [3, 4]
 
 
