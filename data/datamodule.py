@@ -4,12 +4,15 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data.choice import Choice
 from data.clip import Clip
 from data.datasets import ClipDataset, FixedClips, Prompts, References, Stream, captions, collate, read_prompts
 from data.encoded import check_fingerprint, encode_shards, encoded_paths
@@ -35,6 +38,12 @@ class VideoDataModule(LightningDataModule):
         semantic_fps: frames per second that the semantic encoder sees.
         encoded: folder of encoded shards; what the frozen parts say of the clips is written there once, by the first
             fit or by `lightning encode`, and read from there ever after.
+        clip_start: where in a longer video a training clip lies: "random", anew each time, or "centre", as all clips of
+            validation and of encoded shards do.
+        min_duration: seconds; shorter videos are rejected.
+        min_fps: frames per second; slower videos are rejected. Others repeat frames on the grid of `fps`.
+        max_bad_share: share of the samples seen that may be rejected before the fit stops.
+        open_shards: shards whose samples are mixed with each other; a run reads from that many at a time.
         toy_clips: if > 0, a toy world with that many training clips is rendered where the shards are missing.
         prompts: text file with one prompt a line, for predict.
         reference: video, or folder or table of videos, whose semantics (layout and motion) predict generates from; each
@@ -57,6 +66,11 @@ class VideoDataModule(LightningDataModule):
         fps: float = 24.0,
         semantic_fps: float = 1.6,
         encoded: str | None = None,
+        clip_start: Literal["random", "centre"] = "random",
+        min_duration: NonNegativeFloat = 0.0,
+        min_fps: NonNegativeFloat = 0.0,
+        max_bad_share: ClosedUnitInterval = 0.05,
+        open_shards: PositiveInt = 32,
         toy_clips: int = 0,
         prompts: str | None = None,
         reference: str | None = None,
@@ -69,6 +83,8 @@ class VideoDataModule(LightningDataModule):
         super().__init__()
         self.shards = {"train": train_shards, "val": val_shards}
         self.clip = Clip(num_frames, height, width, fps, semantic_fps)
+        self.choice = Choice(clip_start, min_duration, min_fps)
+        self.max_bad_share, self.open_shards = max_bad_share, open_shards
         self.encoded = None if encoded is None else Path(encoded)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.prompts, self.reference, self.samples_per_prompt = prompts, reference, samples_per_prompt
@@ -111,7 +127,7 @@ class VideoDataModule(LightningDataModule):
             rank_zero_info(
                 f"{split}: {shards.uncaptioned} samples without a caption are skipped, {len(shards)} are used."
             )
-        return ClipDataset(shards, self.clip, self.trainer.lightning_module.needs_video)
+        return ClipDataset(shards, self.clip, self.trainer.lightning_module.needs_video, self.choice)
 
     def _shards(self, patterns: str | list[str]) -> Shards:
         return Shards(patterns, self.max_member_mb, self.allow_pipe)
@@ -123,7 +139,7 @@ class VideoDataModule(LightningDataModule):
 
     def stream(self, start: Callable[[], int]) -> DataLoader:
         """The endless training stream from the position that `start` gives."""
-        clips = Stream(self._clips("train", self.encoded is not None), self.seed)
+        clips = Stream(self._clips("train", self.encoded is not None), self.seed, self.open_shards)
         batches = PositionBatches(start, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
         return self._loader(clips, batch_sampler=batches, persistent_workers=self.num_workers > 0)
 

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data.choice import Choice, chosen_caption
 from data.clip import Clip
 from data.decode import Rejected, decode_clip
 from data.encoded import PARTS, from_bytes
-from data.order import sample_at
+from data.order import SampleOrder
 from data.shards import VIDEO_EXTENSIONS, Shards
 from data.sources import Video, find_videos
 from lightning_semgen.errors import UserError
 from lightning_semgen.keyed import key_of
+
+ANY = Choice()
 
 
 class ClipDataset(Dataset):
@@ -28,35 +31,41 @@ class ClipDataset(Dataset):
     `needs_video` there are no `frames`, which saves converting and sending them.
     """
 
-    def __init__(self, shards: Shards, clip: Clip, needs_video: bool = True):
-        self.shards, self.clip, self.needs_video = shards, clip, needs_video
+    def __init__(self, shards: Shards, clip: Clip, needs_video: bool = True, choice: Choice = ANY):
+        self.shards, self.clip, self.needs_video, self.choice = shards, clip, needs_video, choice
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def __getitem__(self, index: int) -> dict:
-        members = self.shards.read(index)
-        encoded = {part: from_bytes(members[f"{part}.npy"]) for part in PARTS if f"{part}.npy" in members}
-        return caption_of(members) | (encoded or self._frames(members))
+        return self.sample(index)
 
-    def first_usable(self, indices: Iterable[int]) -> tuple[dict, list[tuple[str, str]]]:
+    def sample(self, index: int, key: int | None = None) -> dict:
+        """The sample with what is random about it drawn from `key`; without one the same for ever."""
+        members = self.shards.read(index)
+        told = caption_of(members, key)
+        encoded = {part: from_bytes(members[f"{part}.npy"]) for part in PARTS if f"{part}.npy" in members}
+        return told | (encoded or self._frames(members, told["info"], key))
+
+    def first_usable(self, indices: Iterable[int], key: int | None = None) -> tuple[dict, list[tuple[str, str]]]:
         """The first of these samples that can be used, and (key, cause) of those before it that cannot."""
         rejected = []
         for index in indices:
             try:
-                return self[index], rejected
+                return self.sample(index, key), rejected
             except Rejected as cause:
                 rejected.append((self.shards.samples[index][1], str(cause)))
-        key, cause = rejected[-1]
-        raise UserError(f"No sample of {self.shards.paths[0].parent} can be used; the last, {key}: {cause}.")
+        name, cause = rejected[-1]
+        raise UserError(f"No sample of {self.shards.paths[0].parent} can be used; the last, {name}: {cause}.")
 
-    def _frames(self, members: dict) -> dict[str, Tensor]:
+    def _frames(self, members: dict, info: dict, key: int | None) -> dict[str, Tensor]:
         video = next((members[extension] for extension in VIDEO_EXTENSIONS if extension in members), None)
         if video is None:
             raise Rejected("no video member")
+        begin = self.choice.begin(video, info, self.clip, key)
         if not self.needs_video:
-            return {"semantic_frames": decode_clip(video, self.clip, semantic_only=True)}
-        frames = decode_clip(video, self.clip)
+            return {"semantic_frames": decode_clip(video, self.clip, begin, semantic_only=True)}
+        frames = decode_clip(video, self.clip, begin)
         return {"frames": frames, "semantic_frames": frames[self.clip.semantic_indices]}
 
 
@@ -66,14 +75,15 @@ class Stream(Dataset):
     A rejected sample is replaced by the next good one of the epoch's order and reported in `rejected`.
     """
 
-    def __init__(self, clips: ClipDataset, seed: int):
+    def __init__(self, clips: ClipDataset, seed: int, open_shards: int):
         self.clips, self.seed = clips, seed
+        self.order = SampleOrder(clips.shards.sizes, seed, open_shards)
 
     def __getitem__(self, position: int) -> dict:
-        count = len(self.clips)
-        order = (sample_at(place, self.seed, count) for place in range(position, position + count))
-        sample, rejected = self.clips.first_usable(order)
-        return sample | {"position": position, "key": key_of(self.seed, position), "rejected": rejected}
+        key = key_of(self.seed, position)
+        order = map(self.order, range(position, position + len(self.clips)))
+        sample, rejected = self.clips.first_usable(order, key)
+        return sample | {"position": position, "key": key, "rejected": rejected}
 
 
 class FixedClips(Dataset):
@@ -149,9 +159,9 @@ def reference_frames(path: Path, clip: Clip) -> Tensor:
         raise UserError(f"The reference {path} cannot be used: {cause}.") from cause
 
 
-def caption_of(members: dict) -> dict:
+def caption_of(members: dict, key: int | None = None) -> dict:
     info = json.loads(members["json"])
-    return {"caption": info["caption"], "info": info, "sample": members["__key__"]}
+    return {"caption": chosen_caption(info, key), "info": info, "sample": members["__key__"]}
 
 
 def captions(shards: Shards) -> list[dict]:
@@ -159,7 +169,8 @@ def captions(shards: Shards) -> list[dict]:
     infos = []
     for index in range(len(shards)):
         with suppress(Rejected):
-            infos.append(caption_of(shards.read(index, only=("json",)))["info"])
+            told = caption_of(shards.read(index, only=("json",)))
+            infos.append(told["info"] | {"caption": told["caption"]})
     return infos
 
 

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain, dropwhile
 
 import av
 import numpy as np
@@ -14,6 +15,10 @@ from data.hdr import HLG, PQ, to_sdr
 
 TOLERANCE = 1e-3  # seconds; mkv and webm round timestamps to milliseconds
 MAX_PIXELS = 8192 * 8192
+WORTH_A_SEEK = 1.0  # seconds; what begins earlier is decoded from the beginning
+
+
+Timed = tuple[float, float, av.VideoFrame]  # second at which it begins, its length in seconds (0 if unknown), the frame
 
 
 class Rejected(Exception):
@@ -28,17 +33,44 @@ def decode_clip(video: bytes, clip: Clip, start: float = 0.0, semantic_only: boo
     display matrix says, scaled, with square pixels, to cover the clip's size, and cropped in the middle.
     """
     wanted = ((clip.semantic_times if semantic_only else clip.times) + start).tolist()
-    frames: list[np.ndarray] = []
+    if start >= WORTH_A_SEEK:
+        with opened(video) as (container, stream):
+            if (frames := _sought(container, stream, start)) is not None:
+                return _chosen(frames, wanted, stream, clip)
     with opened(video) as (container, stream):
-        picture = _Picture(stream, clip)
-        for begin, end, frame in _displayed(container.decode(stream)):
-            while len(frames) < len(wanted) and wanted[len(frames)] < end - TOLERANCE:
-                if wanted[len(frames)] < begin - TOLERANCE:
-                    raise Rejected("a gap in the timestamps")
-                frames.append(picture(frame))
-            if len(frames) == len(wanted):
-                return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+        return _chosen(timed(container.decode(stream)), wanted, stream, clip)
+
+
+def declared(video: bytes) -> dict[str, float]:
+    """`duration` in seconds and `fps` as the container says, 0 where it does not."""
+    with opened(video) as (container, stream):
+        duration = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+        return {"duration": duration, "fps": float(stream.average_rate or 0)}
+
+
+def _chosen(frames: Iterator[Timed], wanted: list[float], stream: av.VideoStream, clip: Clip) -> Tensor:
+    """The pictures uint8 (T, 3, H, W) on display at the wanted seconds."""
+    picture, pictures = _Picture(stream, clip), []
+    for begin, end, frame in _displayed(frames):
+        while len(pictures) < len(wanted) and wanted[len(pictures)] < end - TOLERANCE:
+            if wanted[len(pictures)] < begin - TOLERANCE:
+                raise Rejected("a gap in the timestamps")
+            pictures.append(picture(frame))
+        if len(pictures) == len(wanted):
+            return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
     raise Rejected(f"shorter than {clip.num_frames} frames at {clip.fps:g} fps")
+
+
+def _sought(container: av.container.InputContainer, stream: av.VideoStream, start: float) -> Iterator[Timed] | None:
+    """What `timed` gives, from a key frame at or before `start` on; None where the container finds none."""
+    first = next(container.decode(stream), None)
+    if first is None or first.pts is None:
+        return None
+    container.seek(first.pts + int(start / stream.time_base), stream=stream)
+    # Pictures shown before the first key frame may refer to some that were not decoded.
+    frames = timed(dropwhile(lambda frame: not frame.key_frame, container.decode(stream)), zero=first.pts)
+    head = next(frames, None)
+    return None if head is None or head[0] > start + TOLERANCE else chain([head], frames)
 
 
 @contextmanager
@@ -77,20 +109,19 @@ def is_sideways(matrix: np.ndarray) -> bool:
     return abs(matrix[0, 1]) > abs(matrix[0, 0])
 
 
-def timed(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[float, float, av.VideoFrame]]:
-    """Frames with the second since the first at which each begins, and its own length in seconds, 0 if unknown."""
-    first = None
+def timed(frames: Iterable[av.VideoFrame], zero: int | None = None) -> Iterator[Timed]:
+    """Frames with the second since timestamp `zero`, or the first one's, at which each begins, and its own length."""
     for frame in frames:
         if frame.pts is None:
             raise Rejected("a frame without a timestamp")
-        first = frame.pts if first is None else first
-        yield float((frame.pts - first) * frame.time_base), float((frame.duration or 0) * frame.time_base), frame
+        zero = frame.pts if zero is None else zero
+        yield float((frame.pts - zero) * frame.time_base), float((frame.duration or 0) * frame.time_base), frame
 
 
-def _displayed(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[float, float, av.VideoFrame]]:
-    """Frames with the seconds from and to which each is shown; the first is shown from 0."""
+def _displayed(frames: Iterable[Timed]) -> Iterator[tuple[float, float, av.VideoFrame]]:
+    """Frames with the seconds from and to which each is shown."""
     before = None
-    for time, length, frame in timed(frames):
+    for time, length, frame in frames:
         if before is not None:
             yield before[0], time, before[2]
         before = time, time + length, frame

@@ -1,20 +1,48 @@
 """The order of samples: a pure function of (seed, epoch, position), a permutation without replacement."""
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 
 import numpy as np
 
 
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(count)
+class SampleOrder:
+    """Shards permuted, and samples permuted within `open_shards` of them at a time, so that reads stay in few files.
 
+    Args:
+        sizes: samples of each shard, which lie one shard after another.
+        seed: of both permutations, drawn anew for each epoch.
+        open_shards: whose samples are mixed with each other.
+    """
 
-def sample_at(position: int, seed: int, count: int) -> int:
-    """The sample delivered at a position of the endless stream; an epoch is `count` positions."""
-    epoch, place = divmod(position, count)
-    return int(_permutation(seed, epoch, count)[place])
+    def __init__(self, sizes: list[int], seed: int, open_shards: int):
+        self.sizes, self.seed, self.open_shards = np.asarray(sizes), seed, open_shards
+        self.firsts = np.cumsum(self.sizes) - self.sizes
+        self.count = int(self.sizes.sum())
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._mixed: tuple[tuple[int, int], np.ndarray] | None = None
+
+    def __call__(self, position: int) -> int:
+        """The sample at a position of the endless stream; an epoch is `count` positions."""
+        epoch, place = divmod(position, self.count)
+        shards, ends = self._shards(epoch)
+        group = int(np.searchsorted(ends, place, side="right"))
+        samples = self._samples(epoch, group, shards)
+        return int(samples[place - ends[group] + len(samples)])
+
+    def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in an epoch's order, and where in it each group of `open_shards` ends."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            shards = np.random.default_rng((self.seed, epoch)).permutation(len(self.sizes))
+            groups = range(0, len(shards), self.open_shards)
+            self._epoch = epoch, shards, np.cumsum(np.add.reduceat(self.sizes[shards], groups))
+        return self._epoch[1:]
+
+    def _samples(self, epoch: int, group: int, shards: np.ndarray) -> np.ndarray:
+        if self._mixed is None or self._mixed[0] != (epoch, group):
+            among = shards[group * self.open_shards : (group + 1) * self.open_shards]
+            samples = np.concatenate([self.firsts[shard] + np.arange(self.sizes[shard]) for shard in among])
+            self._mixed = (epoch, group), np.random.default_rng((self.seed, epoch, group)).permutation(samples)
+        return self._mixed[1]
 
 
 class PositionBatches:

@@ -128,8 +128,10 @@ def _known(text: bytes) -> dict:
 
 
 def has_caption(info: dict) -> bool:
-    caption = info.get("caption")
-    return isinstance(caption, str) and bool(caption.strip())
+    """Whether `caption` is a text, or a list of such, none of them empty."""
+    captions = info.get("caption")
+    captions = captions if isinstance(captions, list) else [captions]
+    return bool(captions) and all(isinstance(caption, str) and caption.strip() for caption in captions)
 
 
 def expand(patterns: str | list[str], allow_pipe: bool = False, hint: str = DATA_HINT) -> list[Path | RemotePath]:
@@ -171,6 +173,7 @@ class Shards:
         self.max_member_mb = max_member_mb
         self.samples: list[tuple[int, str, dict]] = []
         self.problems: dict[int, str] = {}  # by the place of a sample that is never read
+        self.sizes: list[int] = []  # samples of each shard
         self.uncaptioned = 0
         self.digests: list[str] = []  # of what each shard holds, whatever it is called
         with ThreadPoolExecutor(16) as pool:  # remote indexes come one request after another
@@ -183,6 +186,7 @@ class Shards:
             )
 
     def _add(self, number: int, rows: list[dict]) -> None:
+        before = len(self.samples)
         self.digests.append(blake2b(json.dumps(rows).encode(), digest_size=4).hexdigest())
         for row in rows:
             if "problem" in row:
@@ -191,6 +195,7 @@ class Shards:
                 self.samples.append((number, row["key"], row["members"]))
             else:
                 self.uncaptioned += 1
+        self.sizes.append(len(self.samples) - before)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -2,13 +2,12 @@
 
 import json
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,10 +31,9 @@ class Progress(TQDMProgressBar):
 
 
 class Throughput(Callback):
-    """Logs clips/s, the share of time spent waiting for data, and rejected samples by cause."""
+    """Logs clips/s and the share of time spent waiting for data."""
 
     def on_train_start(self, trainer: Trainer, stage: Stage) -> None:
-        self.rejected: Counter = Counter()
         self._begin(time.perf_counter())
 
     def _begin(self, now: float) -> None:
@@ -43,10 +41,6 @@ class Throughput(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, stage: Stage, batch: dict, batch_idx: int) -> None:
         self.waited += time.perf_counter() - self.last
-        for key, cause in sum(batch.get("rejected", []), []):
-            if not self.rejected[cause]:
-                rank_zero_warn(f"Sample {key} is skipped: {cause}. Others of this cause are only counted.")
-            self.rejected[cause] += 1
 
     def on_train_batch_end(self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int) -> None:
         self.clips += len(batch["caption"]) * trainer.world_size
@@ -54,7 +48,6 @@ class Throughput(Callback):
         if reports(trainer, batch_idx):
             elapsed = now - self.since
             values = {"speed/clips_per_second": self.clips / elapsed, "speed/data_wait_share": self.waited / elapsed}
-            values |= {f"rejected/{cause}": float(count) for cause, count in self.rejected.items()}
             stage.log_dict(values, batch_size=1)
             self._begin(now)
 

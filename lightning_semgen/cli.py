@@ -22,6 +22,7 @@ from lightning_semgen.callbacks import Progress, ReferenceSheet, Throughput, Wri
 from lightning_semgen.doctor import doctor
 from lightning_semgen.errors import UserError
 from lightning_semgen.gallery import Gallery
+from lightning_semgen.rejects import Rejects
 from lightning_semgen.runs import (
     LAST,
     AtomicCheckpointIO,
@@ -84,7 +85,7 @@ class SemGenCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         config = self._get(self.config_init, "trainer")
         run = Path(config.default_root_dir)
-        callbacks = [Throughput(), Gallery(), CompareRuns(), WriteResults(), ReferenceSheet()]
+        callbacks = [Throughput(), Rejects(), Gallery(), CompareRuns(), WriteResults(), ReferenceSheet()]
         if config.enable_progress_bar is not False:
             callbacks.append(Progress())
         config.callbacks = [*(config.callbacks or []), *callbacks]

@@ -12,14 +12,15 @@ import torch
 import webdataset as wds
 from conftest import CLIP
 
+from data.choice import Choice, chosen_caption
 from data.clip import Clip
 from data.datamodule import VideoDataModule, render_toy_world
 from data.datasets import ClipDataset, FixedClips, Stream, collate, read_prompts
 from data.decode import Rejected, decode_clip
 from data.encoded import check_fingerprint, encode_shards
 from data.mp4 import write_mp4
-from data.order import PositionBatches, sample_at
-from data.shards import Shards, index_path, write_shard
+from data.order import PositionBatches, SampleOrder
+from data.shards import Shards, has_caption, index_path, write_shard
 from data.toy import toy_clip
 from lightning_semgen.errors import UserError
 
@@ -46,10 +47,24 @@ def shown(frames: torch.Tensor) -> list[int]:
 
 
 def test_order_is_a_permutation_of_each_epoch_and_a_pure_function():
-    epochs = [[sample_at(position, 3, 50) for position in range(50 * e, 50 * e + 50)] for e in range(2)]
+    sizes = [7, 0, 12, 1, 20, 10]
+    order = SampleOrder(sizes, seed=3, open_shards=2)
+    epochs = [[order(position) for position in range(50 * e, 50 * e + 50)] for e in range(2)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != [sample_at(position, 4, 50) for position in range(50, 100)]
-    assert sample_at(77, 3, 50) == epochs[1][27]
+    assert epochs[0] != epochs[1] != [SampleOrder(sizes, 4, 2)(position) for position in range(50, 100)]
+    assert [SampleOrder(sizes, 3, 2)(position) for position in (77, 3, 60)] == [
+        epochs[1][27],
+        epochs[0][3],
+        epochs[1][10],
+    ]
+
+
+def test_no_more_shards_are_open_than_are_allowed():
+    order = SampleOrder([10] * 12, seed=0, open_shards=3)
+    shards = [order(position) // 10 for position in range(120)]
+    groups = [set(shards[start : start + 30]) for start in range(0, 120, 30)]
+    assert [len(group) for group in groups] == [3] * 4 and len(set.union(*groups)) == 12
+    assert any(a != b for a, b in zip(shards, shards[1:], strict=False))
 
 
 def test_two_ranks_see_what_one_sees():
@@ -88,6 +103,43 @@ def test_a_start_shifts_the_clip():
     assert shown(decode_clip(video, SMALL, start=0.25)) == [6, 7, 8, 9, 10]
 
 
+def test_a_late_start_is_sought_and_gives_what_decoding_from_the_beginning_gives(monkeypatch):
+    frames = [np.full((16, 16, 3), number, np.uint8) for number in range(240)]
+    write_mp4(np.stack(frames).transpose(0, 3, 1, 2), buffer := io.BytesIO(), fps=24.0)
+    sought = decode_clip(buffer.getvalue(), SMALL, start=9.0)
+    monkeypatch.setattr("data.decode.WORTH_A_SEEK", 100.0)
+    assert torch.equal(sought, decode_clip(buffer.getvalue(), SMALL, start=9.0))
+    assert abs(sought[0].float().mean() - 216) < 2
+
+
+def test_starts_are_random_by_key_whole_frames_and_within_the_video():
+    info, choice = {"duration": 2.0, "fps": 24.0}, Choice("random")
+    starts = [choice.begin(b"", info, SMALL, key) for key in range(200)]
+    assert starts == [choice.begin(b"", info, SMALL, key) for key in range(200)] and len(set(starts)) > 30
+    assert min(starts) >= 0 and max(starts) + SMALL.duration < 2.0
+    assert all(abs(start * 24 - round(start * 24)) < 1e-9 for start in starts)
+    middle = choice.begin(b"", info, SMALL, None)
+    assert {Choice("centre").begin(b"", info, SMALL, key) for key in (None, 1, 2)} == {middle}
+    assert abs(middle + SMALL.duration / 2 - 1) < 0.06
+    assert choice.begin(numbered_video([n / 24 for n in range(5)]), {}, SMALL, key=7) == 0
+
+
+def test_short_and_slow_videos_are_rejected_on_demand():
+    video = numbered_video([n / 10 for n in range(20)])
+    assert len(decode_clip(video, SMALL)) == 5  # frames repeat on the faster grid
+    with pytest.raises(Rejected, match=r"slower than 24 fps \(data.min_fps\)"):
+        Choice(min_fps=24.0).begin(video, {}, SMALL, None)
+    with pytest.raises(Rejected, match=r"shorter than 5 s \(data.min_duration\)"):
+        Choice(min_duration=5.0).begin(video, {}, SMALL, None)
+
+
+def test_one_of_several_captions_is_chosen_by_key():
+    info = {"caption": ["a", "b", "c"]}
+    assert {chosen_caption(info, key) for key in range(50)} == {"a", "b", "c"}
+    assert chosen_caption(info, 5) == chosen_caption(info, 5) and chosen_caption(info, None) == "a"
+    assert has_caption(info) and not has_caption({"caption": []}) and not has_caption({"caption": ["a", " "]})
+
+
 def test_what_cannot_be_used_is_rejected_with_its_cause():
     with pytest.raises(Rejected, match="shorter than 5 frames at 24 fps"):
         decode_clip(numbered_video([0, 1 / 24]), SMALL)
@@ -119,7 +171,7 @@ def damaged(tmp_path):
 
 def test_bad_samples_are_replaced_and_reported(damaged):
     assert len(damaged) == 9 and damaged.uncaptioned == 1
-    stream = Stream(ClipDataset(damaged, CLIP), seed=0)
+    stream = Stream(ClipDataset(damaged, CLIP), seed=0, open_shards=1)
     batch = collate([stream[position] for position in range(9)])
     assert batch["frames"].shape == (9, 49, 3, 48, 48) and batch["semantic_frames"].shape == (9, 4, 3, 48, 48)
     assert torch.equal(batch["frames"][:, [0, 15, 30, 45]], batch["semantic_frames"])
@@ -155,7 +207,7 @@ def numbered(samples):
 def test_all_bad_is_an_error(tmp_path):
     write_shard(tmp_path / "bad.tar", [{"__key__": "a", "mp4": b"x", "json": {"caption": "a"}}])
     with pytest.raises(UserError, match="No sample of .* can be used.*does not decode"):
-        Stream(ClipDataset(Shards(str(tmp_path / "bad.tar")), CLIP), seed=0)[0]
+        Stream(ClipDataset(Shards(str(tmp_path / "bad.tar")), CLIP), seed=0, open_shards=1)[0]
 
 
 def test_foreign_shards_are_indexed_once_and_anew_when_they_change(damaged):
@@ -172,7 +224,7 @@ def test_foreign_shards_are_indexed_once_and_anew_when_they_change(damaged):
 
 
 def test_broken_and_odd_captions_are_not_captions(tmp_path):
-    texts = [b"{no json", b"[1]", b'{"caption": ["a"]}', b'{"caption": " "}', b'{"caption": "good"}']
+    texts = [b"{no json", b"[1]", b'{"caption": ["a", 1]}', b'{"caption": " "}', b'{"caption": "good"}']
     rows = [{"__key__": f"k{n}", "mp4": b"x", "json": text} for n, text in enumerate(texts)]
     write_shard(tmp_path / "odd.tar", rows)
     shards = Shards(str(tmp_path / "odd.tar"))

@@ -1,0 +1,40 @@
+"""Which videos are used, and which part of each."""
+
+from dataclasses import dataclass
+
+from data.clip import Clip
+from data.decode import TOLERANCE, Rejected, declared
+from lightning_semgen.keyed import key_of
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where clips begin, "random" or "centre", and the seconds and frames per second that a video must have."""
+
+    start: str = "random"
+    min_duration: float = 0.0
+    min_fps: float = 0.0
+
+    def begin(self, video: bytes, info: dict, clip: Clip, key: int | None) -> float:
+        """The second at which the clip of a video begins, a whole number of its frames; raises `Rejected`.
+
+        Random starts are drawn from a sample's key; without one the clip lies in the middle.
+        """
+        facts = {"duration": info.get("duration"), "fps": info.get("fps")}  # by `lightning pack`, exact
+        if not all(isinstance(value, int | float) for value in facts.values()):
+            facts = declared(video)
+        if 0 < facts["duration"] < self.min_duration:
+            raise Rejected(f"shorter than {self.min_duration:g} s (data.min_duration)")
+        if 0 < facts["fps"] < self.min_fps - TOLERANCE:
+            raise Rejected(f"slower than {self.min_fps:g} fps (data.min_fps)")
+        room = max(0, int((facts["duration"] - clip.duration - TOLERANCE) * clip.fps))
+        step = room // 2 if key is None or self.start == "centre" else key_of(key, "clip start") % (room + 1)
+        return step / clip.fps
+
+
+def chosen_caption(info: dict, key: int | None) -> str:
+    """A sample's caption, one of them by its key where there are several; without a key the first."""
+    captions = info["caption"]
+    if isinstance(captions, str):
+        return captions
+    return captions[0 if key is None else key_of(key, "caption") % len(captions)]
