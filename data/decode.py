@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, dropwhile
+from itertools import chain, dropwhile, pairwise
 
 import av
 import numpy as np
@@ -57,7 +57,7 @@ def _chosen(frames: Iterator[Timed], wanted: list[float], stream: av.VideoStream
                 raise Rejected("a gap in the timestamps")
             pictures.append(picture(frame))
         if len(pictures) == len(wanted):
-            return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+            return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     raise Rejected(f"shorter than {clip.num_frames} frames at {clip.fps:g} fps")
 
 
@@ -130,29 +130,44 @@ def _displayed(frames: Iterable[Timed]) -> Iterator[tuple[float, float, av.Video
 
 
 class _Picture:
-    """Makes a frame of a stream a picture (H, W, 3) of a clip."""
+    """Makes a frame of a stream a picture (H, W, 3) of a clip: cropped first, turned last, when least is left to turn."""
 
     def __init__(self, stream: av.VideoStream, clip: Clip):
         self.clip, self.aspect, self.codec = clip, pixel_aspect(stream), stream.codec_context
-        self.reformatter = av.video.reformatter.VideoReformatter()  # keeps its tables; a frame's own makes them anew
+        self.graphs: dict[tuple, av.filter.Graph] = {}  # keep their tables; a frame's own reformat makes them anew
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """Scaled to cover, cropped in the middle, and only then turned, when there is least to turn."""
-        matrix, height, width = display_matrix(frame), self.clip.height, self.clip.width
-        if is_sideways(matrix):
-            height, width = width, height
-        scale = max(height / frame.height, width / (frame.width * self.aspect))
-        full_height = max(round(frame.height * scale), height)
-        full_width = max(round(frame.width * self.aspect * scale), width)
-        rgb = self._rgb(frame, full_height, full_width)
-        top, left = (full_height - height) // 2, (full_width - width) // 2
-        return _turned(rgb[top : top + height, left : left + width], matrix)
-
-    def _rgb(self, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
+        matrix = display_matrix(frame)
         transfer = self.codec.color_trc  # what the first frame says, where the container says otherwise
-        layout = "rgb48le" if transfer in (PQ, HLG) else "rgb24"
-        rgb = self.reformatter.reformat(frame, width, height, layout, interpolation="AREA").to_ndarray()
-        return to_sdr(rgb, transfer) if transfer in (PQ, HLG) else rgb
+        kind = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, is_sideways(matrix))
+        if kind not in self.graphs:
+            self.graphs[kind] = self._graph(frame, is_sideways(matrix), "rgb48le" if transfer in (PQ, HLG) else "rgb24")
+        self.graphs[kind].push(frame)
+        rgb = self.graphs[kind].pull().to_ndarray()
+        return _turned(to_sdr(rgb, transfer) if transfer in (PQ, HLG) else rgb, matrix)
+
+    def _graph(self, frame: av.VideoFrame, sideways: bool, layout: str) -> av.filter.Graph:
+        """Crops in the middle what covers the clip's size, with square pixels, and scales that."""
+        height, width = (self.clip.width, self.clip.height) if sideways else (self.clip.height, self.clip.width)
+        scale = max(height / frame.height, width / (frame.width * self.aspect))
+        kept_height = min(round(height / scale), frame.height)
+        kept_width = min(round(width / scale / self.aspect), frame.width)
+        graph = av.filter.Graph()
+        source = (
+            f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/1"
+            f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
+        )
+        filters = [
+            graph.add("buffer", source),
+            graph.add("crop", f"{max(kept_width, 1)}:{max(kept_height, 1)}"),
+            graph.add("scale", f"{width}:{height}:flags=area"),
+            graph.add("format", f"pix_fmts={layout}"),
+            graph.add("buffersink"),
+        ]
+        for one, next_one in pairwise(filters):
+            one.link_to(next_one)
+        graph.configure()
+        return graph
 
 
 def _turned(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:

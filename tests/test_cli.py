@@ -50,7 +50,7 @@ def test_every_config_runs_a_step(path, workspace, lightning):
 
 
 def test_text_to_videos_and_semantics(trained, lightning):
-    (trained / "prompts.txt").write_text("a small red circle moves left\na big blue square goes up\n")
+    (trained / "prompts.txt").write_text("a small red circle moves left\na big blue pillar goes up\n")
     prompts = ("--data.prompts", "prompts.txt")
     predict = ("predict", "-c", "runs/latent_dim8/config.yaml", "--model.semantic_run", "runs/dim8", *prompts)
     lightning(*predict)

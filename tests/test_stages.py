@@ -11,7 +11,7 @@ from lightning_semgen.keyed import key_of
 from lightning_semgen.learning_rate import factor
 from lightning_semgen.stages import LatentStage, SemanticStage
 
-CAPTIONS = ["a small red circle moves left", "a big blue square goes up"]
+CAPTIONS = ["a small red circle moves left", "a big blue pillar goes up"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,54 @@
+"""What a fit says of samples that it cannot use, and when it gives up."""
+
+import json
+
+import pytest
+from conftest import CONFIGS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data.shards import write_shard
+from data.toy import toy_clip
+
+FIT = (
+    "fit",
+    "-c",
+    f"{CONFIGS}/dim8.yaml",
+    "--data.encoded=null",
+    "--trainer.max_steps=4",
+    "--model.compressor_steps=1",
+)
+STEPS = ("--model.compressor_steps=1", "--trainer.log_every_n_steps=1")
+
+
+@pytest.fixture
+def damaged(tmp_path, monkeypatch):
+    """Twelve clips to train on, of which two do not decode."""
+    monkeypatch.chdir(tmp_path)
+    rows = [toy_clip("train", index, 0) for index in range(12)]
+    samples = [{"__key__": key, "mp4": mp4, "json": info} for key, mp4, info in rows]
+    samples[3]["mp4"] = samples[8]["mp4"] = b"broken"
+    write_shard(tmp_path / "shards/toy/train-0.tar", samples)
+    write_shard(tmp_path / "shards/toy/heldout-0.tar", samples[:2])
+    return tmp_path
+
+
+def test_bad_samples_are_counted_and_named(damaged, lightning):
+    with pytest.warns(UserWarning, match="is skipped: does not decode.*only counted"):
+        lightning(*FIT, *STEPS)
+    rows = [json.loads(line) for line in (damaged / "runs/dim8/rejected.jsonl").read_text().splitlines()]
+    assert {row["sample"] for row in rows} == {"train-000003", "train-000008"} and len(rows) == 2
+    assert {row["cause"] for row in rows} == {"does not decode: InvalidDataError"}
+    curves = EventAccumulator(str(damaged / "runs/dim8")).Reload()
+    assert curves.Scalars("rejected/does not decode: InvalidDataError")[-1].value >= 2
+
+
+def test_too_many_bad_samples_stop_the_run(damaged, fails, monkeypatch):
+    monkeypatch.setattr("lightning_semgen.rejects.ENOUGH", 10)
+    said = fails(*FIT, *STEPS)
+    assert "samples were rejected, more than data.max_bad_share 0.05" in said and "does not decode" in said
+
+
+def test_a_larger_share_may_be_allowed(damaged, lightning, monkeypatch):
+    monkeypatch.setattr("lightning_semgen.rejects.ENOUGH", 10)
+    lightning(*FIT, *STEPS, "--data.max_bad_share=0.5")
+    assert (damaged / "runs/dim8/checkpoints/last.ckpt").is_file()
