@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data.choice import Choice
 from data.clip import Clip
 from data.datasets import ClipDataset, FixedClips, Prompts, References, Stream, captions, collate, read_prompts
-from data.encoded import check_fingerprint, encode_shards, encoded_paths
+from data.encoded import all_ranks_finish, check_fingerprint, encode_shards, encoded_paths
 from data.order import PositionBatches
 from data.shards import MAX_MEMBER_MB, Shards, index_path, write_shard
 from data.toy import toy_clip
@@ -36,8 +36,8 @@ class VideoDataModule(LightningDataModule):
         width: likewise.
         fps: frames per second that the VAE sees.
         semantic_fps: frames per second that the semantic encoder sees.
-        encoded: folder of encoded shards; what the frozen parts say of the clips is written there once, by the first
-            fit or by `lightning encode`, and read from there ever after.
+        encoded: folder of encoded shards, seen by all nodes; what the frozen parts say of the clips is written there
+            once, by the first fit or by `lightning encode`, on every device, and read from there ever after.
         clip_start: where in a longer video a training clip lies: "random", anew each time, or "centre", as all clips of
             validation and of encoded shards do.
         min_duration: seconds; shorter videos are rejected.
@@ -99,11 +99,14 @@ class VideoDataModule(LightningDataModule):
         if self.toy_clips:
             render_toy_world(self.shards["train"], "train", self.toy_clips, self.clip)
             render_toy_world(self.shards["val"], "heldout", TOY_HELDOUT, self.clip)
-        if self.encoded is not None and self.trainer.state.fn != "test":
+
+    def setup(self, stage: str) -> None:
+        if self.encoded is not None and stage in ("fit", "validate"):
             self.encode()
 
+    @all_ranks_finish()
     def encode(self) -> None:
-        """Runs the stage's frozen parts over all shards that have not been encoded yet."""
+        """Runs the stage's frozen parts over all shards that have not been encoded yet, each rank over its share."""
         stage = self.trainer.lightning_module
         for split in self.shards:
             encode_shards(
@@ -114,6 +117,8 @@ class VideoDataModule(LightningDataModule):
                 collate,
                 self.batch_size,
                 self.num_workers,
+                self.trainer.global_rank,
+                self.trainer.world_size,
             )
 
     def _clips(self, split: str, encoded: bool) -> ClipDataset:

@@ -2,14 +2,16 @@
 
 import io
 import json
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -46,9 +48,17 @@ def check_fingerprint(folder: Path, fingerprint: dict) -> None:
 
 
 def encode_shards(
-    clips: Dataset, folder: Path, fingerprint: dict, encode: Encode, collate: Callable, batch_size: int, workers: int
+    clips: Dataset,
+    folder: Path,
+    fingerprint: dict,
+    encode: Encode,
+    collate: Callable,
+    batch_size: int,
+    workers: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> None:
-    """Writes one encoded shard for each shard of a `ClipDataset` of videos that has none in `folder` yet.
+    """Writes one encoded shard for each shard in this rank's share of a `ClipDataset` of videos that `folder` lacks.
 
     `encode` makes of a batch of that dataset its parts {"features": (B, …), "latents": (B, …)}.
     """
@@ -57,17 +67,49 @@ def encode_shards(
         check_fingerprint(folder, fingerprint)
     else:
         write_atomically(folder / "fingerprint.json", json.dumps(fingerprint, indent=1))
-    shards = clips.shards
-    targets = encoded_paths(shards, folder)
-    missing = [number for number, path in enumerate(targets) if not index_path(path).exists()]
-    todo = {number: [i for i, row in enumerate(shards.samples) if row[0] == number] for number in missing}
-    total = sum(map(len, todo.values()))
-    with tqdm(total=total, desc=f"encoding into {folder}", unit="clip", disable=not todo) as progress:
-        for number, indices in todo.items():
+    targets, indices = encoded_paths(clips.shards, folder), indices_by_shard(clips.shards)
+    share = share_of(list(map(len, indices)), rank, world_size)
+    missing = [shard for shard in share if not index_path(targets[shard]).exists()]
+    total = sum(len(indices[shard]) for shard in missing)
+    with tqdm(total=total, desc=f"encoding into {folder}", unit="clip", disable=rank != 0 or not total) as progress:
+        for shard in missing:
             loader = DataLoader(
-                Subset(Sifted(clips), indices), batch_size, num_workers=workers, collate_fn=partial(_sift, collate)
-            )
-            write_shard(targets[number], _samples(loader, encode, progress))
+                Subset(Sifted(clips), indices[shard]), batch_size, num_workers=workers,
+                collate_fn=partial(_sift, collate),
+            )  # fmt: skip
+            write_shard(targets[shard], _samples(loader, encode, progress))
+
+
+def indices_by_shard(shards: Shards) -> list[list[int]]:
+    indices: list[list[int]] = [[] for _ in shards.paths]
+    for index, (shard, *_) in enumerate(shards.samples):
+        indices[shard].append(index)
+    return indices
+
+
+def share_of(clips: list[int], rank: int, world_size: int) -> list[int]:
+    """The shards of a rank, given how many clips each shard has: all ranks get about as many clips.
+
+    It depends on nothing that changes while they are written, so that ranks agree without a word, whenever each begins.
+    """
+    share, loads = [], [0] * world_size
+    for shard in sorted(range(len(clips)), key=lambda shard: -clips[shard]):
+        least = loads.index(min(loads))
+        loads[least] += clips[shard]
+        if least == rank:
+            share.append(shard)
+    return share
+
+
+@contextmanager
+def all_ranks_finish() -> Iterator[None]:
+    """No rank leaves before all have; they may be hours apart, a barrier of their own group gives up after minutes."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        yield
+        return
+    patient = distributed.new_group(backend="gloo", timeout=timedelta(weeks=1))
+    yield
+    distributed.barrier(patient)
 
 
 def encoded_paths(shards: Shards, folder: Path) -> list[Path]:
@@ -96,7 +138,7 @@ def _sift(collate: Callable, samples: list[dict | tuple[str, str]]) -> tuple[dic
 def _samples(loader: DataLoader, encode: Encode, progress: tqdm) -> Iterator[dict]:
     for batch, rejected in loader:
         for key, cause in rejected:
-            rank_zero_warn(f"Sample {key} is left out of the encoded shards: {cause}.")
+            warnings.warn(f"Sample {key} is left out of the encoded shards: {cause}.", stacklevel=2)
         if batch is not None:
             parts = {f"{name}.npy": value for name, value in encode(batch).items()}
             for row, info in enumerate(batch["info"]):

@@ -3,12 +3,16 @@
 import logging
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from signal import SIGTERM
 
 import torch
 from jsonargparse import Namespace, auto_cli
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import Strategy
 from transformers.utils import logging as transformers_logging
 
 from data.datamodule import VideoDataModule
@@ -117,13 +121,36 @@ def run(args: list[str] | None = None, execute: bool = True) -> SemGenCLI:
 
 
 def encode(args: list[str]) -> None:
-    """Runs the frozen parts of a config over its shards and keeps what they say in data.encoded."""
+    """Runs the frozen parts of a config over its shards, on every device, and keeps what they say in data.encoded."""
     cli = run(args, execute=False)
     if cli.datamodule.encoded is None:
         raise UserError("Where to? Name a folder for the encoded shards with --data.encoded.")
     cli.trainer.strategy.connect(cli.model)
     cli.datamodule.trainer = cli.model.trainer = cli.trainer
-    cli.datamodule.prepare_data()
+    on_every_device(cli.trainer.strategy, partial(_encode, cli.trainer, cli.datamodule))
+
+
+def _encode(trainer: Trainer, data: VideoDataModule) -> None:
+    if trainer.local_rank == 0:
+        data.prepare_data()
+    trainer.strategy.barrier()
+    data.encode()
+
+
+def on_every_device(strategy: Strategy, work: Callable[[], None]) -> None:
+    """Does `work` in each process of a strategy, which the strategy's own launcher starts."""
+
+    def process() -> None:
+        strategy.setup_environment()
+        work()
+
+    if strategy.launcher is None:
+        return process()
+    try:
+        strategy.launcher.launch(process)
+    except BaseException:
+        strategy.launcher.kill(SIGTERM)  # the others would go on without this one
+        raise
 
 
 def pack(args: list[str]) -> None:

@@ -104,6 +104,14 @@ def test_encode_then_fit_reads_what_was_encoded(workspace, lightning):
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
+def test_encode_on_two_devices_writes_the_same_bytes(workspace, lightning):
+    encode = ("encode", "-c", f"{CONFIGS}/paper_recipe/paper_latent_dim8.yaml", "--data.train_shards=shards/toy/*.tar")
+    lightning(*encode, "--data.encoded=one")
+    lightning(*encode, "--data.encoded=two", "--trainer.devices=2", "--trainer.strategy=ddp_fork")
+    one, two = ({p.relative_to(f): p.read_bytes() for p in Path(f).rglob("*.tar")} for f in ("one", "two"))
+    assert len(one) == 3 and one == two
+
+
 @pytest.mark.parametrize("options", [["--model.encoder=none"], ["--model.encoder=vae", "--model.compressor=learn"]])
 def test_the_papers_baselines_run_online(workspace, lightning, options):
     fit = (

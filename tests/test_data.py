@@ -17,7 +17,7 @@ from data.clip import Clip
 from data.datamodule import VideoDataModule, render_toy_world
 from data.datasets import ClipDataset, FixedClips, Stream, collate, read_prompts
 from data.decode import Rejected, decode_clip
-from data.encoded import check_fingerprint, encode_shards
+from data.encoded import check_fingerprint, encode_shards, share_of
 from data.mp4 import write_mp4
 from data.order import PositionBatches, SampleOrder
 from data.shards import Shards, has_caption, index_path, write_shard
@@ -270,6 +270,28 @@ def test_encoded_shards_say_what_the_parts_say_and_are_written_once(shards, tmp_
         torch.testing.assert_close(encoded[index]["features"], expected, atol=1e-3, rtol=1e-3)
     with pytest.raises(UserError, match="encoder 'mean', the config says 'other'"):
         check_fingerprint(tmp_path / "enc", {"encoder": "other"})
+
+
+def test_each_rank_encodes_its_share_whenever_it_begins(shards, tmp_path):
+    clips = ClipDataset(Shards(str(shards / "shards/toy/*.tar")), CLIP)
+
+    def encode(rank, folder):
+        options = {"batch_size": 5, "workers": 0, "rank": rank, "world_size": 2}
+        mean = {"features": lambda batch: batch["semantic_frames"].float().mean((3, 4))}
+        encode_shards(clips, folder, {}, lambda batch: {k: f(batch) for k, f in mean.items()}, collate, **options)
+        return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
+
+    first, both = encode(0, tmp_path / "a"), encode(1, tmp_path / "a")
+    assert [name.split("-")[0] for name in first] == ["train"] and len(both) == 2
+    assert both == encode(1, tmp_path / "b") | encode(0, tmp_path / "b")
+
+
+def test_shares_are_even_by_clips_and_leave_nothing_out():
+    clips = [100, 3, 90, 40, 0, 50, 7]
+    shares = [share_of(clips, rank, 3) for rank in range(3)]
+    assert sorted(sum(shares, [])) == list(range(7))
+    assert [sum(clips[shard] for shard in share) for share in shares] == [100, 97, 93]
+    assert [share_of([5], rank, 2) for rank in range(2)] == [[0], []]
 
 
 def test_prompt_files(tmp_path):
