@@ -26,9 +26,9 @@ ANY = Choice()
 class ClipDataset(Dataset):
     """The captioned samples of video or encoded shards; raises `Rejected` for one that cannot be used.
 
-    A sample holds `frames` uint8 (T, 3, H, W) and `semantic_frames` (T_s, 3, H, W) or, from encoded shards, `features`
-    (T', H', W', D) and `latents` (C, T_z, H_z, W_z); and `caption`, `info` (its JSON), `sample` (its key). Without
-    `needs_video` there are no `frames`, which saves converting and sending them.
+    A sample holds `frames` uint8 (T, 3, H, W) and `semantic_frames` (T_s, 3, H, W) or, from encoded shards, what they
+    have of `features` (T', H', W', D), `latents` (C, T_z, H_z, W_z) and `text` (L, dim); and `caption`, `info` (its
+    JSON), `sample` (its key). Without `needs_video` there are no `frames`, which saves converting and sending them.
     """
 
     def __init__(self, shards: Shards, clip: Clip, needs_video: bool = True, choice: Choice = ANY):
@@ -186,10 +186,10 @@ def read_prompts(path: str) -> list[dict]:
 
 
 def collate(samples: list[dict]) -> dict:
-    """Stacks tensors, makes tensors of the numbers `position` and `key`, lists the rest."""
+    """Stacks tensors but for `text`, makes tensors of the numbers `position` and `key`, lists the rest."""
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
     for name, values in batch.items():
-        if isinstance(values[0], Tensor):
+        if isinstance(values[0], Tensor) and name != "text":
             batch[name] = torch.stack(values)
         elif name in ("position", "key"):
             batch[name] = torch.tensor(values)

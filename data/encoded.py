@@ -19,14 +19,14 @@ from data.decode import Rejected
 from data.shards import Shards, index_path, write_atomically, write_shard
 from lightning_semgen.errors import UserError
 
-PARTS = ("features", "latents")
-Encode = Callable[[dict], dict[str, Tensor]]
+PARTS = ("features", "latents", "text")
+Encode = Callable[[dict], dict[str, Tensor | list[Tensor]]]
 
 
 def to_bytes(tensor: Tensor) -> bytes:
     """float16 .npy: half the bytes, and a rounding far below the noise that training adds."""
     half, buffer = tensor.half().cpu(), io.BytesIO()
-    assert half.isfinite().all(), "features or latents do not fit float16"
+    assert half.isfinite().all(), "what is encoded does not fit float16"
     np.save(buffer, half.numpy())
     return buffer.getvalue()
 
@@ -60,7 +60,7 @@ def encode_shards(
 ) -> None:
     """Writes one encoded shard for each shard in this rank's share of a `ClipDataset` of videos that `folder` lacks.
 
-    `encode` makes of a batch of that dataset its parts {"features": (B, …), "latents": (B, …)}.
+    `encode` makes of a batch of that dataset its `PARTS`: {"features": (B, …), "text": B × (L, dim), …}.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "fingerprint.json").exists():

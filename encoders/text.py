@@ -1,9 +1,12 @@
 """Text encoders: a small one learnt with the generator from bytes, or any frozen one of transformers."""
 
 import warnings
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from encoders.base import Frozen
 from lightning_semgen.errors import UserError
@@ -28,12 +31,12 @@ class ByteTextEncoder(nn.Module):
         layer = nn.TransformerEncoderLayer(dim, 4, 2 * dim, dropout=0.0, batch_first=True, norm_first=True)
         self.mix = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
 
-    def prepare(self, captions: list[str], device: torch.device) -> Tensor:
+    def prepare(self, captions: list[str]) -> Tensor:
         """Byte values (B, 96), padded with 256; what is longer is cut, with a warning."""
         if any(len(caption.encode()) > self.max_bytes for caption in captions):
             warnings.warn(f"Captions of more than {self.max_bytes} bytes are cut by text_encoder bytes.", stacklevel=2)
         rows = [list(c.encode()[: self.max_bytes]) for c in captions]
-        return torch.tensor([row + [256] * (self.max_bytes - len(row)) for row in rows], device=device)
+        return torch.tensor([row + [256] * (self.max_bytes - len(row)) for row in rows], device=self.positions.device)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Byte values (B, 96) to embeddings (B, 24, dim)."""
@@ -60,12 +63,27 @@ class FrozenTextEncoder(Frozen):
         self.dim, self.max_tokens = self.model.config.hidden_size, max_tokens
 
     @torch.no_grad()
-    def prepare(self, captions: list[str], device: torch.device) -> Tensor:
-        """Embeddings (B, max_tokens, dim)."""
+    def embed(self, captions: list[str]) -> list[Tensor]:
+        """Embeddings (L, dim) of each caption, as long as it is, `max_tokens` at most."""
         tokens = self.tokenizer(
-            captions, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
-        ).to(device)
-        return self.model(**tokens).last_hidden_state * tokens.attention_mask[..., None]
+            captions, padding=True, max_length=self.max_tokens, truncation=True, return_tensors="pt"
+        ).to(self.model.device)
+        embeddings = self.model(**tokens).last_hidden_state.float()
+        return [row[mask.bool()] for row, mask in zip(embeddings, tokens.attention_mask, strict=True)]
+
+    @cached_property
+    def empty(self) -> Tensor:
+        """Embeddings (L, dim) of the empty prompt."""
+        return self.embed([""])[0]
+
+    def pad(self, embeddings: list[Tensor]) -> Tensor:
+        """Embeddings (B, max_tokens, dim)."""
+        padded = pad_sequence([row.to(self.model.device) for row in embeddings], batch_first=True)
+        return F.pad(padded, (0, 0, 0, self.max_tokens - padded.shape[1]))
+
+    def prepare(self, captions: list[str]) -> Tensor:
+        """Embeddings (B, max_tokens, dim)."""
+        return self.pad(self.embed(captions))
 
 
 def build_text_encoder(name: str) -> ByteTextEncoder | FrozenTextEncoder:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data.clip import Clip
 from encoders.base import Frozen
-from encoders.text import build_text_encoder
+from encoders.text import ByteTextEncoder, FrozenTextEncoder, build_text_encoder
 from lightning_semgen import flow, keyed
 from lightning_semgen.compressor import Posterior
 from lightning_semgen.errors import UserError
@@ -102,19 +102,24 @@ class Stage(LightningModule):
         self.bands, self.adherence = TimeBands(), Adherence()
         self.channel_statistics = ChannelStatistics(self.space.channels) if self.learns_compressor else None
         self._text = (build_text_encoder(text_encoder),)  # tuples hide what is frozen from the module tree
+        self.text_encoder = text_encoder
 
     def build_generator(self, channels: int, patch: tuple[int, int, int], semantic_dim: int | None) -> None:
         """Makes the generator of things with that many channels, and its EMA twin."""
-        text = self._text[0]
+        text = self.text
         rotary_rate = self.rotary_rate or self.clip.fps / self.time_stride
         transformer = VideoTransformer(channels, text.dim, self.size, patch, semantic_dim, rotary_rate)
         self.generator = GeneratorNetwork(text if text.learnt else nn.Identity(), transformer)
         self.ema = deepcopy(self.generator).requires_grad_(False)
 
     @property
+    def text(self) -> ByteTextEncoder | FrozenTextEncoder:
+        return self._text[0]
+
+    @property
     def frozen(self) -> list[Frozen]:
         """The parts outside the module tree: never in a checkpoint, an EMA twin or an optimiser."""
-        parts = [self._text[0]] + ([self.space.encoder] if self.space is not None else [])
+        parts = [self.text] + ([self.space.encoder] if self.space is not None else [])
         return [part for part in parts if isinstance(part, Frozen)]
 
     def setup(self, stage: str) -> None:
@@ -135,16 +140,20 @@ class Stage(LightningModule):
 
     def fingerprint(self) -> dict:
         """What encoded shards must have been made with to fit this stage."""
-        return ({} if self.space is None else self.space.source) | {"clip": vars(self.clip)}
+        parts = {} if self.space is None else self.space.source
+        if not self.text.learnt:
+            parts = parts | {"text_encoder": self.text_encoder, "text_encoder_weights": self.text.fingerprint()}
+        return parts | {"clip": vars(self.clip)}
 
-    def encode(self, batch: dict) -> dict[str, Tensor]:
-        """What the frozen parts say of a batch of frames: {"features": (B, T', H', W', D)}."""
+    def encode(self, batch: dict) -> dict[str, Tensor | list[Tensor]]:
+        """What the frozen parts say of a batch of clips: {"features": (B, T', H', W', D), "text": B × (L, dim), …}."""
         device = self.trainer.strategy.root_device
         self.move_frozen(device)
         return self.encoded_parts(move_data_to_device(batch, device))
 
-    def encoded_parts(self, batch: dict) -> dict[str, Tensor]:
-        return {} if self.space is None else {"features": self.space.features(batch)}
+    def encoded_parts(self, batch: dict) -> dict[str, Tensor | list[Tensor]]:
+        parts = {} if self.space is None else {"features": self.space.features(batch)}
+        return parts if self.text.learnt else parts | {"text": self.text.embed(batch["caption"])}
 
     # Learning
 
@@ -154,22 +163,27 @@ class Stage(LightningModule):
         z_0: Tensor,
         batch: dict,
         t: Tensor,
-        captions: list[str],
+        prompt: Tensor,
         semantics: Semantics | None,
     ) -> Tensor:
         """Squared error of the velocity of each sample (B,), at times t (B,)."""
         eps = keyed.normal(batch["key"], "noise", *z_0.shape[1:])
-        prompt = self.prepare(captions)
         v = network(flow.interpolate(z_0, eps, t), t, prompt, self.seconds, semantics)
         return (v.float() - flow.velocity(z_0, eps)).square().flatten(1).mean(1)
+
+    def prompt(self, batch: dict, dropout: float = 0.0) -> Tensor:
+        """What the generator is prompted with (B, …), from the batch or by the text encoder; a share are empty."""
+        dropped = (keyed.uniform(batch["key"], "prompt dropout") < dropout).tolist()
+        if "text" in batch and not self.text.learnt:
+            rows = zip(dropped, batch["text"], strict=True)
+            return self.text.pad([self.text.empty if drop else text for drop, text in rows])
+        return self.text.prepare(["" if drop else c for drop, c in zip(dropped, batch["caption"], strict=True)])
 
     def training_flow_loss(self, z_0: Tensor, batch: dict, semantics: Semantics | None = None) -> Tensor:
         """The training loss, a scalar, with random times and dropped prompts; logs it, also in bands of t."""
         keys = batch["key"]
         t = flow.logit_normal(keyed.normal(keys, "time"), self.shift)
-        dropped = (keyed.uniform(keys, "prompt dropout") < self.prompt_dropout).tolist()
-        captions = ["" if drop else c for drop, c in zip(dropped, batch["caption"], strict=True)]
-        losses = self.flow_loss(self.generator, z_0, batch, t, captions, semantics)
+        losses = self.flow_loss(self.generator, z_0, batch, t, self.prompt(batch, self.prompt_dropout), semantics)
         self.bands.update(losses, t)
         self.log_train(flow_loss=losses.mean())
         return losses.mean()
@@ -263,9 +277,6 @@ class Stage(LightningModule):
 
     # Sampling
 
-    def prepare(self, captions: list[str]) -> Tensor:
-        return self._text[0].prepare(captions, self.device)
-
     @torch.no_grad()
     def sample(
         self, shape: tuple[int, ...], captions: list[str], keys: Tensor, semantics: Semantics | None, without: list
@@ -275,7 +286,7 @@ class Stage(LightningModule):
         `without` lists guidance as (captions, semantics, scale): conditions to be moved away from.
         """
         network = self.ema
-        conditions = [(network.text(self.prepare(c)), s) for c, s, _ in [(captions, semantics, 1.0), *without]]
+        conditions = [(network.text(self.text.prepare(c)), s) for c, s, _ in [(captions, semantics, 1.0), *without]]
 
         def predict(z: Tensor, t: Tensor) -> Tensor:
             v, *others = [network.transformer(z, t, text, self.seconds, s) for text, s in conditions]

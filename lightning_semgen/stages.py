@@ -52,7 +52,7 @@ class SemanticStage(Stage):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         z_sem, t = channels_first(self.validation_semantics(batch)), self.validation_times(batch)
-        losses = self.flow_loss(self.ema, z_sem, batch, t, batch["caption"], None)
+        losses = self.flow_loss(self.ema, z_sem, batch, t, self.prompt(batch), None)
         self.log("val/flow_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
 
     def sample_semantics(self, captions: list[str], keys: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class LatentStage(Stage):
     def fingerprint(self) -> dict:
         return super().fingerprint() | {"vae": self.vae_name, "vae_weights": self.vae.fingerprint()}
 
-    def encoded_parts(self, batch: dict) -> dict[str, Tensor]:
+    def encoded_parts(self, batch: dict) -> dict[str, Tensor | list[Tensor]]:
         return super().encoded_parts(batch) | {"latents": self.latents(batch)}
 
     def latents(self, batch: dict) -> Tensor:
@@ -160,13 +160,13 @@ class LatentStage(Stage):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Flow loss, and the semantic gap: how much it grows with another clip's semantics; 0 if they are ignored."""
-        t, latents = self.validation_times(batch), self.latents(batch)
+        t, latents, prompt = self.validation_times(batch), self.latents(batch), self.prompt(batch)
         own = None if self.space is None else self.inference_semantics(self.validation_semantics(batch), batch["key"])
-        losses = self.flow_loss(self.ema, latents, batch, t, batch["caption"], own)
+        losses = self.flow_loss(self.ema, latents, batch, t, prompt, own)
         self.log("val/flow_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
         if own is not None and len(own.z) > 1:  # a clip alone has no other's semantics
             other = Semantics(own.z.roll(1, dims=0), own.tau, own.grid)
-            gap = self.flow_loss(self.ema, latents, batch, t, batch["caption"], other) - losses
+            gap = self.flow_loss(self.ema, latents, batch, t, prompt, other) - losses
             self.log("val/semantic_gap", gap.mean(), batch_size=len(losses), sync_dist=True)
 
     def inference_semantics(self, z_sem: Tensor, keys: Tensor) -> Semantics:

@@ -84,7 +84,7 @@ def test_a_transformers_text_encoder_is_padded_with_zeros(tmp_path):
         tmp_path
     )
     encoder = build_text_encoder(str(tmp_path))
-    text = encoder.prepare(["a red disc", "a disc"], torch.device("cpu"))
+    text = encoder.prepare(["a red disc", "a disc"])
     assert text.shape == (2, 512, 16) and not any(p.requires_grad for p in encoder.parameters())
     assert text[0, 3:].abs().max() == 0 and text[1, 2:].abs().max() == 0 and text[0, :3].abs().min() > 0
 

@@ -1,0 +1,70 @@
+"""Encoded shards teach what video shards teach."""
+
+import pytest
+import torch
+from conftest import CLIP
+from test_stages import stage
+
+from data.datasets import ClipDataset, Stream, collate
+from data.encoded import check_fingerprint, encode_shards
+from data.shards import Shards
+from lightning_semgen.errors import UserError
+from lightning_semgen.stages import LatentStage, SemanticStage
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory) -> str:
+    """A folder with a tiny random T5 encoder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("t5")
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "small", "big", "circle", "moves", "left", "up"]
+    vocabulary = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
+    vocabulary.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(words), d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=32)
+    T5EncoderModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def batches(made, shards, folder):
+    """The same four training samples from video shards and from those that a stage makes of them."""
+    clips = ClipDataset(Shards(str(shards / "shards/toy/heldout-*.tar")), CLIP)
+    encode_shards(clips, folder, made.fingerprint(), made.encoded_parts, collate, batch_size=3, workers=0)
+    for dataset in (clips, ClipDataset(Shards(str(folder / "*.tar")), CLIP)):
+        stream = Stream(dataset, seed=0)
+        yield collate([stream[position] for position in range(4)])
+
+
+@pytest.mark.parametrize("cls", [SemanticStage, LatentStage])
+def test_losses_are_those_of_video_shards_and_the_text_encoder_rests(cls, shards, tmp_path, text_encoder):
+    made = stage(cls, text_encoder=text_encoder, prompt_dropout=0.5)
+    video, encoded = batches(made, shards, tmp_path / "enc")
+    lengths = [len(ids) for ids in made.text.tokenizer(video["caption"]).input_ids]
+    assert [len(text) for text in encoded["text"]] == lengths and "frames" not in encoded
+    torch.testing.assert_close(made.prompt(encoded, 0.5), made.prompt(video, 0.5), rtol=1e-3, atol=1e-3)
+    loss = made.training_step(video, 0)
+    calls = []
+    made.text.model.register_forward_hook(lambda *args: calls.append(args))
+    again = made.training_step(encoded, 0)
+    torch.testing.assert_close(again, loss, rtol=1e-3, atol=0)
+    assert not calls  # the empty prompt is known by now
+    mute = encoded | {"text": [torch.zeros_like(text) for text in encoded["text"]]}
+    assert not torch.equal(made.training_step(mute, 0), again)
+
+
+def test_a_learnt_text_encoder_reads_captions(shards, tmp_path, text_encoder):
+    made = stage(SemanticStage, text_encoder=text_encoder)
+    _, encoded = batches(made, shards, tmp_path / "enc")
+    learnt = stage(SemanticStage)
+    check_fingerprint(tmp_path / "enc", learnt.fingerprint())
+    learnt.training_step(encoded, 0)
+    encode_shards(
+        ClipDataset(Shards(str(shards / "shards/toy/heldout-*.tar")), CLIP), tmp_path / "other", learnt.fingerprint(),
+        learnt.encoded_parts, collate, batch_size=16, workers=0,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=f"made with text_encoder None, the config says '{text_encoder}'"):
+        check_fingerprint(tmp_path / "other", made.fingerprint())
