@@ -108,6 +108,7 @@ class VideoDataModule(LightningDataModule):
     def encode(self) -> None:
         """Runs the stage's frozen parts over all shards that have not been encoded yet, each rank over its share."""
         stage = self.trainer.lightning_module
+        stage.load_compressor()
         for split in self.shards:
             encode_shards(
                 self._clips(split, encoded=False),

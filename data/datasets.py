@@ -27,8 +27,9 @@ class ClipDataset(Dataset):
     """The captioned samples of video or encoded shards; raises `Rejected` for one that cannot be used.
 
     A sample holds `frames` uint8 (T, 3, H, W) and `semantic_frames` (T_s, 3, H, W) or, from encoded shards, what they
-    have of `features` (T', H', W', D), `latents` (C, T_z, H_z, W_z) and `text` (L, dim); and `caption`, `info` (its
-    JSON), `sample` (its key). Without `needs_video` there are no `frames`, which saves converting and sending them.
+    have of `features` (T', H', W', D), `moments` (T', H', W', 2d), `latents` (C, T_z, H_z, W_z) and `text` (L, dim);
+    and `caption`, `info` (its JSON), `sample` (its key). Without `needs_video` there are no `frames`, which saves
+    converting and sending them.
     """
 
     def __init__(self, shards: Shards, clip: Clip, needs_video: bool = True, choice: Choice = ANY):

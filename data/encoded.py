@@ -19,7 +19,7 @@ from data.decode import Rejected
 from data.shards import Shards, index_path, write_atomically, write_shard
 from lightning_semgen.errors import UserError
 
-PARTS = ("features", "latents", "text")
+PARTS = ("features", "moments", "latents", "text")
 Encode = Callable[[dict], dict[str, Tensor | list[Tensor]]]
 
 

@@ -19,11 +19,15 @@ class Frozen(nn.Module):
         return self
 
     def fingerprint(self) -> str:
-        """Tells weights apart: a hash of every tensor's name, shape and first values."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name, tensor in self.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:64].tolist()}".encode())
-        return digest.hexdigest()
+        return fingerprint(self)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Tells weights apart: a hash of every tensor's name, shape and first values."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:64].tolist()}".encode())
+    return digest.hexdigest()
 
 
 class FrozenEncoder(Frozen):

@@ -101,7 +101,11 @@ class SemGenCLI(LightningCLI):
             kwargs["logger"] = RunLogger(folder.absolute(), purge_step=step)
         plugins = config.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand:  # what is given as an argument, setup cannot see
+            arguments = self.config_init[self.subcommand]
+            trainer.ckpt_path, arguments.ckpt_path = arguments.ckpt_path, None
+        return trainer
 
 
 def run(args: list[str] | None = None, execute: bool = True) -> SemGenCLI:

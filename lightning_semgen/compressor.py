@@ -74,12 +74,16 @@ class Compressor(nn.Module):
         self.mlp = None if dim is None else _mlp(features, hidden, 2 * dim)
         self.standardise = Standardiser(self.channels)
 
-    def posterior(self, features: Tensor, noise: Tensor) -> Posterior:
-        """One sample per feature; `noise` (…, d) is the n of z = μ + σ·n."""
+    def moments(self, features: Tensor) -> Tensor:
+        """μ and log σ² of each feature (…, 2d); without compression the normalised feature (…, D)."""
         x = F.layer_norm(features.float(), features.shape[-1:])
+        return x if self.mlp is None else self.mlp(x)
+
+    def posterior(self, moments: Tensor, noise: Tensor) -> Posterior:
+        """One sample per feature; `noise` (…, d) is the n of z = μ + σ·n."""
         if self.mlp is None:
-            return Posterior(x, x.new_zeros(()).expand_as(x))
-        mean, log_var = self.mlp(x).chunk(2, dim=-1)
+            return Posterior(moments, moments.new_zeros(()).expand_as(moments))
+        mean, log_var = moments.chunk(2, dim=-1)
         log_var = log_var.clamp(-10, 4)
         kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
         return Posterior(mean + (0.5 * log_var).exp() * noise, kl)

@@ -79,7 +79,7 @@ def pictures(stage: Stage, batch: dict) -> dict[str, Columns]:
         shown["videos"] = clips | made
     if stage.space is not None:
         colours = pca_colours(torch.stack(list(z_sem.values())))  # one projection, so that colours compare
-        features = {"features": pca_colours(stage.space.features(batch))}
+        features = {} if "moments" in batch else {"features": pca_colours(stage.space.features(batch))}
         shown["semantics"] = clips | features | dict(zip(z_sem, colours, strict=True))
     return shown
 

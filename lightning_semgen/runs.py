@@ -31,8 +31,11 @@ def last_checkpoint(run: str | Path) -> Path:
     return path
 
 
-def load_checkpoint(run: str | Path) -> dict[str, Any]:
-    return torch.load(last_checkpoint(run), map_location="cpu", weights_only=True)
+def load_checkpoint(run: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """The last checkpoint of a run, or the one of a file; with `mmap`, tensors are read when used, from a file that
+    nobody may write to meanwhile."""
+    path = Path(run) if Path(run).is_file() else last_checkpoint(run)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def link_clip(parser: ArgumentParser) -> None:

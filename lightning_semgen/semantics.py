@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from data.clip import Clip
 from encoders import build_encoder
-from encoders.base import FrozenEncoder
+from encoders.base import FrozenEncoder, fingerprint
 from lightning_semgen import keyed
 from lightning_semgen.compressor import Compressor, Posterior
 from lightning_semgen.errors import UserError
@@ -46,6 +46,7 @@ class SemanticSpace(nn.Module):
         self.source = {"encoder": encoder, "encoder_options": options, "encoder_weights": self.encoder.fingerprint()}
         self.facts = self.source | {"semantic_dim": dim, "grid": [height, width]}
         self.run = run
+        self.loaded: str | None = None  # tells the loaded compressor from others
         if run is not None:
             self.compressor.requires_grad_(False)
 
@@ -58,24 +59,25 @@ class SemanticSpace(nn.Module):
         """d, or D without compression."""
         return self.compressor.channels
 
-    def load_compressor(self) -> None:
-        """From `run`; UserError where that is of another kind or still being learnt."""
-        checkpoint = load_checkpoint(self.run)
+    def load_compressor(self, run: str) -> None:
+        """From a run's folder or checkpoint; UserError where that is of another kind or still being learnt."""
+        checkpoint = load_checkpoint(run, mmap=True)  # the compressor is the least of it
         found = checkpoint["semantics"]
         for name, value in self.facts.items():
             if found.get(name) != value:
                 raise UserError(
-                    f"The compressor in {self.run} was trained with {name} {found.get(name)}, this config says {value}:"
+                    f"The compressor in {run} was trained with {name} {found.get(name)}, this config says {value}:"
                     " change model.compressor or the config."
                 )
         if not found["frozen"]:
             raise UserError(
-                f"The compressor in {self.run} is still being learnt at step {checkpoint['global_step']}: let that fit"
+                f"The compressor in {run} is still being learnt at step {checkpoint['global_step']}: let that fit"
                 " go on past its model.compressor_steps."
             )
         prefix = "space.compressor."
         state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
         self.compressor.load_state_dict(state)
+        self.loaded = fingerprint(self.compressor)
 
     def check_same(self, other: "SemanticSpace", run: str) -> None:
         """UserError unless both give the same semantics at the same times."""
@@ -94,13 +96,18 @@ class SemanticSpace(nn.Module):
             return batch["features"]
         return self.encoder(batch["semantic_frames" if self.encoder.stream == "semantic" else "frames"])
 
-    def posterior(self, features: Tensor, keys: Tensor) -> Posterior:
-        noise = keyed.normal(keys, "posterior", *features.shape[1:-1], self.channels)
-        return self.compressor.posterior(features, noise)
+    def moments(self, batch: dict) -> Tensor:
+        """What samples are drawn from (B, T', H', W', 2d), from the batch or by encoder and compressor."""
+        return batch["moments"] if "moments" in batch else self.compressor.moments(self.features(batch))
+
+    def posterior(self, batch: dict) -> Posterior:
+        moments = self.moments(batch)
+        noise = keyed.normal(batch["key"], "posterior", *moments.shape[1:-1], self.channels)
+        return self.compressor.posterior(moments, noise)
 
     def forward(self, batch: dict) -> Tensor:
         """Standardised samples z_sem (B, T', H', W', d)."""
-        return self.compressor.standardise(self.posterior(self.features(batch), batch["key"]).z)
+        return self.compressor.standardise(self.posterior(batch).z)
 
     @torch.no_grad()
     def measure(self, batches, clips: int, batch_size: int) -> None:
@@ -108,5 +115,5 @@ class SemanticSpace(nn.Module):
         self.compressor.standardise.reset()
         steps = tqdm(range(ceil(min(clips, MEASURED_CLIPS) / batch_size)), desc="measuring the semantics", leave=False)
         for _, batch in zip(steps, batches, strict=False):
-            self.compressor.standardise.observe(self.posterior(self.features(batch), batch["key"]).z)
+            self.compressor.standardise.observe(self.posterior(batch).z)
         self.compressor.standardise.update()

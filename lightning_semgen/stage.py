@@ -46,6 +46,8 @@ class Stage(LightningModule):
         encoder_options: the encoder's own options.
         compressor: "learn", or the folder of the run that learnt it.
         semantic_dim: d, channels of the semantics; null: no compression.
+        encode_semantics: whether encoded shards hold what a frozen compressor makes of the features in their place: 2d
+            numbers a token instead of D, good for that compressor alone.
         size: a row of `transformer.SIZES`.
         text_encoder: "bytes" (small, learnt with the generator, reads 96 bytes), or hub id or folder of an encoder of
             transformers.
@@ -75,6 +77,7 @@ class Stage(LightningModule):
         encoder_options: dict[str, Any] | None = None,
         compressor: str = "learn",
         semantic_dim: int | None = 8,
+        encode_semantics: bool = False,
         size: str = "toy",
         text_encoder: str = "bytes",
         rotary_rate: float | None = None,
@@ -99,6 +102,12 @@ class Stage(LightningModule):
             run = None if compressor == "learn" else compressor
             self.space = SemanticSpace(clip, encoder, encoder_options or {}, semantic_dim, run)
         self.learns_compressor = self.space is not None and compressor == "learn"
+        self.encode_semantics = encode_semantics
+        if encode_semantics and (self.space is None or self.learns_compressor):
+            raise UserError(
+                "model.encode_semantics keeps what a frozen compressor makes of features: name the run that learnt it"
+                " as model.compressor."
+            )
         self.bands, self.adherence = TimeBands(), Adherence()
         self.channel_statistics = ChannelStatistics(self.space.channels) if self.learns_compressor else None
         self._text = (build_text_encoder(text_encoder),)  # tuples hide what is frozen from the module tree
@@ -124,8 +133,13 @@ class Stage(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.move_frozen(self.device)
-        if stage == "fit" and self.space is not None and self.space.run and self.trainer.ckpt_path is None:
-            self.space.load_compressor()  # a checkpoint of this stage brings it along
+        if stage == "fit" or self.trainer.ckpt_path:
+            self.load_compressor()
+
+    def load_compressor(self) -> None:
+        """A frozen compressor's weights, from the checkpoint that this stage starts from or the run that learnt it."""
+        if self.space is not None and self.space.run:
+            self.space.load_compressor(self.trainer.ckpt_path or self.space.run)
 
     def move_frozen(self, device: torch.device) -> None:
         for part in self.frozen:
@@ -140,7 +154,9 @@ class Stage(LightningModule):
 
     def fingerprint(self) -> dict:
         """What encoded shards must have been made with to fit this stage."""
-        parts = {} if self.space is None else self.space.source
+        parts = {}
+        if self.space is not None:
+            parts = self.space.source | {"compressor": self.space.loaded if self.encode_semantics else None}
         if not self.text.learnt:
             parts = parts | {"text_encoder": self.text_encoder, "text_encoder_weights": self.text.fingerprint()}
         return parts | {"clip": vars(self.clip)}
@@ -149,10 +165,16 @@ class Stage(LightningModule):
         """What the frozen parts say of a batch of clips: {"features": (B, T', H', W', D), "text": B × (L, dim), …}."""
         device = self.trainer.strategy.root_device
         self.move_frozen(device)
+        if self.encode_semantics:
+            self.space.to(device)
         return self.encoded_parts(move_data_to_device(batch, device))
 
     def encoded_parts(self, batch: dict) -> dict[str, Tensor | list[Tensor]]:
-        parts = {} if self.space is None else {"features": self.space.features(batch)}
+        parts = {}
+        if self.encode_semantics:
+            parts = {"moments": self.space.moments(batch)}
+        elif self.space is not None:
+            parts = {"features": self.space.features(batch)}
         return parts if self.text.learnt else parts | {"text": self.text.embed(batch["caption"])}
 
     # Learning
@@ -195,7 +217,7 @@ class Stage(LightningModule):
 
     def validation_semantics(self, batch: dict) -> Tensor:
         """z_sem (B, T', H', W', d), which enter the channels' statistics while this run learns the compressor."""
-        posterior = self.space.posterior(self.space.features(batch), batch["key"])
+        posterior = self.space.posterior(batch)
         z_sem = self.space.compressor.standardise(posterior.z)
         if self.channel_statistics is not None:
             self.channel_statistics.update(z_sem, posterior.kl)

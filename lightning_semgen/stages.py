@@ -33,13 +33,14 @@ class SemanticStage(Stage):
             self.feature_decoder = FeatureDecoder(self.space.channels, self.space.encoder.dim)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        features = self.space.features(batch)
-        posterior = self.space.posterior(features, batch["key"])
+        if self.learns_compressor:
+            batch = batch | {"features": self.space.features(batch)}  # which the compressor's teacher looks at too
+        posterior = self.space.posterior(batch)
         z_sem = self.space.compressor.standardise(posterior.z)
         loss = self.training_flow_loss(channels_first(z_sem.detach()), batch)
         if not self.learns_compressor:
             return loss
-        return loss + self.compressor_loss(features, posterior)
+        return loss + self.compressor_loss(batch["features"], posterior)
 
     def compressor_loss(self, features: Tensor, posterior) -> Tensor:
         """Feature reconstruction + KL, a scalar."""
@@ -152,7 +153,7 @@ class LatentStage(Stage):
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         if self.space is None:
             return self.training_flow_loss(self.latents(batch), batch)
-        posterior = self.space.posterior(self.space.features(batch), batch["key"])
+        posterior = self.space.posterior(batch)
         z_sem = self.space.compressor.standardise(posterior.z)
         semantics = self.noised(z_sem, batch["key"], self.training_noise(batch["key"]))
         loss = self.training_flow_loss(self.latents(batch), batch, semantics)

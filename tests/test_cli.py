@@ -134,6 +134,21 @@ def test_a_latent_run_outlives_the_folder_it_learnt_from(trained, lightning):
     assert len(list((trained / "moved_too/predict").glob("*.mp4"))) == 1
 
 
+@pytest.mark.slow
+def test_encoded_semantics_outlive_the_run_that_learnt_their_compressor(trained, lightning, fails):
+    semantics = ("-c", f"{CONFIGS}/latent_dim8.yaml", "--model.encode_semantics=true", "--data.encoded=semantics")
+    lightning("encode", *semantics)
+    shards = {path: path.stat().st_mtime_ns for path in (trained / "semantics").rglob("*.tar")}
+    lightning("fit", *semantics, *FIT, *NEW)
+    lightning("fit", "-c", f"{CONFIGS}/dim8.yaml", *FIT, "--trainer.default_root_dir=other", "--seed_everything=1")
+    said = fails("fit", *semantics, *FIT, "--model.compressor=other", "--trainer.default_root_dir=newer")
+    assert "were made with compressor" in said and "delete that folder" in said
+    (trained / "runs/dim8").rename(trained / "moved")
+    lightning("fit", "-c", "new/config.yaml", *FIT, "--trainer.max_steps=3", "--ckpt_path=last")
+    lightning("validate", "-c", "new/config.yaml")
+    assert shards == {path: path.stat().st_mtime_ns for path in (trained / "semantics").rglob("*.tar")}
+
+
 def test_a_run_is_a_folder(trained):
     run = trained / "runs/dim8"
     assert {path.name.split(".")[0] for path in run.iterdir()} >= {"config", "checkpoints", "events"}

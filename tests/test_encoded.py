@@ -56,6 +56,46 @@ def test_losses_are_those_of_video_shards_and_the_text_encoder_rests(cls, shards
     assert not torch.equal(made.training_step(mute, 0), again)
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> str:
+    """A run that learnt a compressor, as far as another stage looks into it."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "checkpoints").mkdir()
+    torch.save(checkpoint_of(stage(SemanticStage, compressor_steps=-1)), folder / "checkpoints/last.ckpt")
+    return str(folder)
+
+
+def checkpoint_of(made) -> dict:
+    checkpoint = {"state_dict": made.state_dict(), "global_step": 0}
+    made.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+@pytest.mark.parametrize("cls", [SemanticStage, LatentStage])
+def test_semantics_in_place_of_features_give_the_same_samples_and_losses(cls, shards, tmp_path, run):
+    made = stage(cls, compressor=run, encode_semantics=True)
+    made.space.load_compressor(run)
+    video, encoded = batches(made, shards, tmp_path / "enc")
+    assert "features" not in encoded and encoded["moments"].shape == (4, 2, 3, 3, 2 * 8)
+    torch.testing.assert_close(made.space(encoded), made.space(video), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(made.training_step(encoded, 0), made.training_step(video, 0), rtol=1e-3, atol=0)
+    made.validation_step(encoded, 0)
+
+    expected = made.space.loaded
+    torch.nn.init.normal_(made.space.compressor.mlp[0].weight)
+    torch.save(checkpoint_of(made), tmp_path / "other.ckpt")
+    made.space.load_compressor(str(tmp_path / "other.ckpt"))
+    with pytest.raises(UserError, match=f"made with compressor '{expected}', the config says '{made.space.loaded}'"):
+        check_fingerprint(tmp_path / "enc", made.fingerprint())
+    with pytest.raises(UserError, match=f"made with compressor '{expected}', the config says None"):
+        check_fingerprint(tmp_path / "enc", stage(cls).fingerprint())
+
+
+def test_semantics_need_a_frozen_compressor():
+    with pytest.raises(UserError, match="encode_semantics.*name the run"):
+        stage(SemanticStage, encode_semantics=True)
+
+
 def test_a_learnt_text_encoder_reads_captions(shards, tmp_path, text_encoder):
     made = stage(SemanticStage, text_encoder=text_encoder)
     _, encoded = batches(made, shards, tmp_path / "enc")
