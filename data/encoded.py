@@ -15,11 +15,13 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from data.clip import Clip
 from data.decode import Rejected
 from data.shards import Shards, index_path, write_atomically, write_shard
 from lightning_semgen.errors import UserError
 
 PARTS = ("features", "moments", "latents", "text")
+HELD = 2**27  # bytes of frames that are encoded at once, unless one clip alone has more; networks take a multiple
 Encode = Callable[[dict], dict[str, Tensor | list[Tensor]]]
 
 
@@ -71,6 +73,7 @@ def encode_shards(
     share = share_of(list(map(len, indices)), rank, world_size)
     missing = [shard for shard in share if not index_path(targets[shard]).exists()]
     total = sum(len(indices[shard]) for shard in missing)
+    batch_size = clips_at_once(clips.clip, batch_size)
     with tqdm(total=total, desc=f"encoding into {folder}", unit="clip", disable=rank != 0 or not total) as progress:
         for shard in missing:
             loader = DataLoader(
@@ -78,6 +81,11 @@ def encode_shards(
                 collate_fn=partial(_sift, collate),
             )  # fmt: skip
             write_shard(targets[shard], _samples(loader, encode, progress))
+
+
+def clips_at_once(clip: Clip, batch_size: int) -> int:
+    """What a training batch is of features may be too much of long videos' frames."""
+    return max(1, min(batch_size, HELD // (3 * clip.num_frames * clip.height * clip.width)))
 
 
 def indices_by_shard(shards: Shards) -> list[list[int]]:

@@ -51,7 +51,7 @@ class FrozenVAE(Frozen):
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 frames (B, T, 3, H, W) to latents (B, C, T_z, H_z, W_z) of about unit variance."""
-        video = frames.to(self.mean.dtype).transpose(1, 2) / 127.5 - 1
+        video = frames.to(self.mean.dtype).transpose(1, 2).div_(127.5).sub_(1)  # in place: 60 s at 480p are 7 GB
         return (self.model.encode(video).latent_dist.mode() - self.mean) / self.std
 
     @torch.no_grad()

@@ -272,6 +272,19 @@ def test_encoded_shards_say_what_the_parts_say_and_are_written_once(shards, tmp_
         check_fingerprint(tmp_path / "enc", {"encoder": "other"})
 
 
+@pytest.mark.parametrize(("held", "sizes"), [(2, [2] * 8), (0.5, [1] * 16)])
+def test_few_long_clips_are_encoded_at_once(shards, tmp_path, monkeypatch, held, sizes):
+    monkeypatch.setattr("data.encoded.HELD", int(held * 3 * 49 * 48 * 48))
+    clips, seen = ClipDataset(Shards(str(shards / "shards/toy/heldout-*.tar")), CLIP, needs_video=False), []
+
+    def encode(batch):
+        seen.append(len(batch["sample"]))
+        return {"features": batch["semantic_frames"]}
+
+    encode_shards(clips, tmp_path / "enc", {}, encode, collate, batch_size=5, workers=0)
+    assert seen == sizes
+
+
 def test_each_rank_encodes_its_share_whenever_it_begins(shards, tmp_path):
     clips = ClipDataset(Shards(str(shards / "shards/toy/*.tar")), CLIP)
 
