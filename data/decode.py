@@ -130,7 +130,7 @@ def _displayed(frames: Iterable[Timed]) -> Iterator[tuple[float, float, av.Video
 
 
 class _Picture:
-    """Makes a frame of a stream a picture (H, W, 3) of a clip: cropped first, turned last, when least is left to turn."""
+    """Makes a frame of a stream a picture (H, W, 3) of a clip: crop first, turn last, when least is left to turn."""
 
     def __init__(self, stream: av.VideoStream, clip: Clip):
         self.clip, self.aspect, self.codec = clip, pixel_aspect(stream), stream.codec_context

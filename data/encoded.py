@@ -34,7 +34,11 @@ def to_bytes(tensor: Tensor) -> bytes:
 
 
 def from_bytes(data: bytes) -> Tensor:
-    return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).float()
+    """The tensor of a .npy, float32; raises `Rejected` for what is none, as a pickle."""
+    try:
+        return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).float()
+    except (ValueError, EOFError, TypeError) as error:
+        raise Rejected("a part that is no .npy of numbers") from error
 
 
 def check_fingerprint(folder: Path, fingerprint: dict) -> None:

@@ -35,7 +35,7 @@ def batches(made, shards, folder):
     clips = ClipDataset(Shards(str(shards / "shards/toy/heldout-*.tar")), CLIP)
     encode_shards(clips, folder, made.fingerprint(), made.encoded_parts, collate, batch_size=3, workers=0)
     for dataset in (clips, ClipDataset(Shards(str(folder / "*.tar")), CLIP)):
-        stream = Stream(dataset, seed=0)
+        stream = Stream(dataset, seed=0, open_shards=1)
         yield collate([stream[position] for position in range(4)])
 
 

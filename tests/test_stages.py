@@ -16,7 +16,7 @@ CAPTIONS = ["a small red circle moves left", "a big blue pillar goes up"]
 
 @pytest.fixture(scope="module")
 def batch(shards):
-    stream = Stream(ClipDataset(Shards(str(shards / "shards/toy/train-*.tar")), CLIP), seed=0)
+    stream = Stream(ClipDataset(Shards(str(shards / "shards/toy/train-*.tar")), CLIP), seed=0, open_shards=1)
     return collate([stream[position] for position in range(4)])
 
 
