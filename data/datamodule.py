@@ -42,7 +42,7 @@ class VideoDataModule(LightningDataModule):
             validation and of encoded shards do.
         min_duration: seconds; shorter videos are rejected.
         min_fps: frames per second; slower videos are rejected. Others repeat frames on the grid of `fps`.
-        max_bad_share: share of the samples seen that may be rejected before the fit stops.
+        max_bad_share: share of the samples seen above which rejected ones stop a fit or an encode.
         open_shards: shards whose samples are mixed with each other; a run reads from that many at a time.
         toy_clips: if > 0, a toy world with that many training clips is rendered where the shards are missing.
         prompts: text file with one prompt a line, for predict.
@@ -118,6 +118,7 @@ class VideoDataModule(LightningDataModule):
                 collate,
                 self.batch_size,
                 self.num_workers,
+                self.max_bad_share,
                 self.trainer.global_rank,
                 self.trainer.world_size,
             )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from data.clip import Clip
 from data.decode import Rejected
 from data.shards import Shards, index_path, write_atomically, write_shard
+from data.tally import Tally
 from lightning_semgen.errors import UserError
 
 PARTS = ("features", "moments", "latents", "text")
@@ -61,42 +63,36 @@ def encode_shards(
     collate: Callable,
     batch_size: int,
     workers: int,
+    max_bad_share: float = 1.0,
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
     """Writes one encoded shard for each shard in this rank's share of a `ClipDataset` of videos that `folder` lacks.
 
-    `encode` makes of a batch of that dataset its `PARTS`: {"features": (B, …), "text": B × (L, dim), …}.
+    `encode` makes of a batch of that dataset its `PARTS`: {"features": (B, …), "text": B × (L, dim), …}. UserError
+    where more than `max_bad_share` of the clips are rejected.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "fingerprint.json").exists():
         check_fingerprint(folder, fingerprint)
     else:
         write_atomically(folder / "fingerprint.json", json.dumps(fingerprint, indent=1))
-    targets, indices = encoded_paths(clips.shards, folder), indices_by_shard(clips.shards)
-    share = share_of(list(map(len, indices)), rank, world_size)
+    targets, sizes = encoded_paths(clips.shards, folder), clips.shards.sizes
+    ends, tally = list(accumulate(sizes)), Tally()
+    share = share_of(sizes, rank, world_size)
     missing = [shard for shard in share if not index_path(targets[shard]).exists()]
-    total = sum(len(indices[shard]) for shard in missing)
+    total = sum(sizes[shard] for shard in missing)
     batch_size = clips_at_once(clips.clip, batch_size)
     with tqdm(total=total, desc=f"encoding into {folder}", unit="clip", disable=rank != 0 or not total) as progress:
         for shard in missing:
-            loader = DataLoader(
-                Subset(Sifted(clips), indices[shard]), batch_size, num_workers=workers,
-                collate_fn=partial(_sift, collate),
-            )  # fmt: skip
-            write_shard(targets[shard], _samples(loader, encode, progress))
+            part = Subset(Sifted(clips), range(ends[shard] - sizes[shard], ends[shard]))
+            loader = DataLoader(part, batch_size, num_workers=workers, collate_fn=partial(_sift, collate))
+            write_shard(targets[shard], _samples(loader, encode, progress, tally, max_bad_share))
 
 
 def clips_at_once(clip: Clip, batch_size: int) -> int:
     """What a training batch is of features may be too much of long videos' frames."""
     return max(1, min(batch_size, HELD // (3 * clip.num_frames * clip.height * clip.width)))
-
-
-def indices_by_shard(shards: Shards) -> list[list[int]]:
-    indices: list[list[int]] = [[] for _ in shards.paths]
-    for index, (shard, *_) in enumerate(shards.samples):
-        indices[shard].append(index)
-    return indices
 
 
 def share_of(clips: list[int], rank: int, world_size: int) -> list[int]:
@@ -147,8 +143,10 @@ def _sift(collate: Callable, samples: list[dict | tuple[str, str]]) -> tuple[dic
     return collate(good) if good else None, [sample for sample in samples if isinstance(sample, tuple)]
 
 
-def _samples(loader: DataLoader, encode: Encode, progress: tqdm) -> Iterator[dict]:
+def _samples(loader: DataLoader, encode: Encode, progress: tqdm, tally: Tally, max_bad_share: float) -> Iterator[dict]:
     for batch, rejected in loader:
+        tally.add(0 if batch is None else len(batch["info"]), rejected)
+        tally.check(max_bad_share, tally.causes.total(), tally.seen)
         for key, cause in rejected:
             warnings.warn(f"Sample {key} is left out of the encoded shards: {cause}.", stacklevel=2)
         if batch is not None:

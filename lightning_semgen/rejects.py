@@ -1,17 +1,14 @@
 """Samples that cannot be used: counted by cause, kept by name, and too many of them stop the run."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_semgen.errors import UserError
+from data.tally import Tally
 from lightning_semgen.stage import Stage, reports
-
-ENOUGH = 200  # samples, before which a share says little
 
 
 class Rejects(Callback):
@@ -21,17 +18,15 @@ class Rejects(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, stage: Stage) -> None:
-        self.causes: Counter[str] = Counter()
-        self.names: set[str] = set()
-        self.seen = 0
+        self.tally, self.names = Tally(), set()
 
     def on_train_batch_start(self, trainer: Trainer, stage: Stage, batch: dict, batch_idx: int) -> None:
         rejected = sum(batch.get("rejected", []), [])
-        self.seen += len(batch["caption"]) + len(rejected)
         for name, cause in rejected:
-            if not self.causes[cause]:
+            if cause not in self.tally.causes:
                 rank_zero_warn(f"Sample {name} is skipped: {cause}. Others of this cause are only counted.")
-            self.causes[cause] += 1
+            self.tally.add(0, [(name, cause)])
+        self.tally.add(len(batch["caption"]), [])
         self._keep(trainer, [row for row in rejected if row[0] not in self.names])
 
     def _keep(self, trainer: Trainer, rows: list[tuple[str, str]]) -> None:
@@ -45,13 +40,8 @@ class Rejects(Callback):
     def on_train_batch_end(self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int) -> None:
         if not reports(trainer, batch_idx):
             return
-        stage.log_dict({f"rejected/{cause}": float(count) for cause, count in self.causes.items()}, batch_size=1)
-        counts = torch.tensor([self.causes.total(), self.seen], device=stage.device)
+        causes = self.tally.causes
+        stage.log_dict({f"rejected/{cause}": float(count) for cause, count in causes.items()}, batch_size=1)
+        counts = torch.tensor([causes.total(), self.tally.seen], device=stage.device)
         bad, seen = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        share = trainer.datamodule.max_bad_share
-        if bad > share * max(seen, ENOUGH):
-            table = "\n".join(f"{count:>8,}  {cause}" for cause, count in self.causes.most_common())
-            raise UserError(
-                f"{bad:,} of {seen:,} samples were rejected, more than data.max_bad_share {share:g}; rejected.jsonl in"
-                f" {trainer.default_root_dir} names them:\n{table}"
-            )
+        self.tally.check(trainer.datamodule.max_bad_share, bad, seen)

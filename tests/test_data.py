@@ -317,24 +317,42 @@ def test_prompt_files(tmp_path):
         read_prompts(str(tmp_path / "none.txt"))
 
 
+def data_of(rank=0, ranks=1, state=None, **options):
+    """A data module on one of several ranks, where the state says."""
+    data = VideoDataModule(seed=5, **options)
+    data.trainer = SimpleNamespace(
+        global_rank=rank, world_size=ranks, training=True, lightning_module=SimpleNamespace(needs_video=False)
+    )
+    if state:
+        data.load_state_dict(json.loads(json.dumps(state)))
+    return data, iter(data.train_dataloader())
+
+
+def deliver(ranks, batches):
+    """The samples of the next global batches, one list each."""
+    return [
+        [name for data, loader in ranks for name in data.on_after_batch_transfer(next(loader), 0)["sample"]]
+        for _ in range(batches)
+    ]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_state_of_the_loader_is_one_integer(shards, monkeypatch, workers):
     monkeypatch.chdir(shards)
+    options = {"batch_size": 3, "num_workers": workers}
+    whole = deliver([data_of(**options)], 20)  # 60 of 40 clips: into the second epoch
+    begun = data_of(**options)
+    first = deliver([begun], 7)
+    assert first + deliver([data_of(state=begun[0].state_dict(), **options)], 13) == whole
 
-    def module(state=None):
-        data = VideoDataModule(batch_size=3, num_workers=workers, seed=5)
-        data.trainer = SimpleNamespace(
-            global_rank=0, world_size=1, training=True, lightning_module=SimpleNamespace(needs_video=False)
-        )
-        if state:
-            data.load_state_dict(json.loads(json.dumps(state)))
-        return data, iter(data.train_dataloader())
 
-    def deliver(data, batches, count):
-        return [data.on_after_batch_transfer(next(batches), 0)["sample"] for _ in range(count)]
-
-    data, batches = module()
-    whole = deliver(data, batches, 20)  # 60 of 40 clips: into the second epoch
-    data, batches = module()
-    first = deliver(data, batches, 7)
-    assert first + deliver(*module(data.state_dict()), 13) == whole
+def test_two_ranks_go_on_where_one_was_stopped_and_one_where_two_were(shards, monkeypatch):
+    monkeypatch.chdir(shards)
+    whole = deliver([data_of(batch_size=6, num_workers=0)], 14)  # two epochs
+    one = data_of(batch_size=6, num_workers=0)
+    found = deliver([one], 3)
+    two = [data_of(rank, 2, one[0].state_dict(), batch_size=3, num_workers=0) for rank in range(2)]
+    found += deliver(two, 6)
+    assert two[0][0].state_dict() == two[1][0].state_dict()
+    found += deliver([data_of(state=two[0][0].state_dict(), batch_size=6, num_workers=0)], 5)
+    assert found == whole

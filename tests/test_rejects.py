@@ -43,12 +43,18 @@ def test_bad_samples_are_counted_and_named(damaged, lightning):
 
 
 def test_too_many_bad_samples_stop_the_run(damaged, fails, monkeypatch):
-    monkeypatch.setattr("lightning_semgen.rejects.ENOUGH", 10)
+    monkeypatch.setattr("data.tally.ENOUGH", 10)
     said = fails(*FIT, *STEPS)
     assert "samples were rejected, more than data.max_bad_share 0.05" in said and "does not decode" in said
 
 
+def test_too_many_stop_an_encode_too(damaged, fails, monkeypatch):
+    monkeypatch.setattr("data.tally.ENOUGH", 10)
+    said = fails("encode", "-c", f"{CONFIGS}/dim8.yaml", "--data.toy_clips=0", "--data.encoded=made", small=False)
+    assert "2 of 12 samples were rejected" in said and not list((damaged / "made").rglob("*.tar"))
+
+
 def test_a_larger_share_may_be_allowed(damaged, lightning, monkeypatch):
-    monkeypatch.setattr("lightning_semgen.rejects.ENOUGH", 10)
+    monkeypatch.setattr("data.tally.ENOUGH", 10)
     lightning(*FIT, *STEPS, "--data.max_bad_share=0.5")
     assert (damaged / "runs/dim8/checkpoints/last.ckpt").is_file()

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import CONFIGS
 
@@ -40,6 +41,7 @@ def kill_after_checkpoints(process: subprocess.Popen, checkpoint: Path, count: i
     process.wait()
 
 
+@pytest.mark.slow
 def test_killed_three_times_and_resumed_is_bit_for_bit_the_unbroken_run(workspace):
     assert fit("unbroken").wait() == 0
     dice, checkpoint = random.Random(0), Path("broken/checkpoints/last.ckpt")

@@ -1,0 +1,30 @@
+"""How many samples were seen, and which of them could not be used."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from lightning_semgen.errors import UserError
+
+ENOUGH = 200  # samples, before which a share says little
+
+
+class Tally:
+    """Samples seen, and rejected ones by cause."""
+
+    def __init__(self) -> None:
+        self.seen, self.causes = 0, Counter()
+
+    def add(self, used: int, rejected: Iterable[tuple[str, str]]) -> None:
+        """Counts samples that were used, and the (key, cause) of others."""
+        causes = [cause for _, cause in rejected]
+        self.seen += used + len(causes)
+        self.causes.update(causes)
+
+    def check(self, max_share: float, bad: int, seen: int) -> None:
+        """UserError with the causes where more than a share of the samples, here or on all ranks, were rejected."""
+        if bad > max_share * max(seen, ENOUGH):
+            table = "\n".join(f"{count:>8,}  {cause}" for cause, count in self.causes.most_common())
+            raise UserError(
+                f"{bad:,} of {seen:,} samples were rejected, more than data.max_bad_share {max_share:g} allows:\n"
+                + table
+            )
