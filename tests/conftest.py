@@ -32,14 +32,18 @@ def shards(tmp_path_factory) -> Path:
     return folder
 
 
+def see(shards: Path, folder: Path) -> Path:
+    """Has a folder see the session's shards."""
+    (folder / "shards/toy").mkdir(parents=True)
+    for path in (shards / "shards/toy").glob("*.tar*"):
+        (folder / "shards/toy" / path.name).symlink_to(path)
+    return folder
+
+
 @pytest.fixture
 def workspace(shards, tmp_path, monkeypatch) -> Path:
     """An empty current folder that sees the session's shards."""
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards/toy").mkdir()
-    for path in (shards / "shards/toy").glob("*.tar*"):
-        (tmp_path / "shards/toy" / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(see(shards, tmp_path))
     return tmp_path
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,21 +10,35 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, SMALL
+from conftest import CONFIGS, SMALL, see
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_semgen.cli import main
 from lightning_semgen.runs import load_checkpoint, load_stage
 
 NEW = ("--trainer.default_root_dir=new",)
 FIT = ("--trainer.max_steps=2", "--model.compressor_steps=1", "--trainer.log_every_n_steps=1")
 
 
+@pytest.fixture(scope="module")
+def fitted(shards, tmp_path_factory) -> Path:
+    """A folder with runs/dim8 and runs/latent_dim8, two steps each."""
+    folder = see(shards, tmp_path_factory.mktemp("fitted"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_semgen.semantics.MEASURED_CLIPS", 16)
+        patch.chdir(folder)
+        for name in ("dim8", "latent_dim8"):
+            patch.setattr(sys, "argv", ["lightning", "fit", "-c", f"{CONFIGS}/{name}.yaml", *FIT, *SMALL])
+            main()
+    return folder
+
+
 @pytest.fixture
-def trained(workspace, lightning):
-    """runs/dim8 and runs/latent_dim8, two steps each."""
-    lightning("fit", "-c", f"{CONFIGS}/dim8.yaml", *FIT)
-    lightning("fit", "-c", f"{CONFIGS}/latent_dim8.yaml", *FIT)
+def trained(fitted, workspace) -> Path:
+    """The current folder, with copies of those runs and of what was encoded for them."""
+    for name in ("runs", "shards/toy/features", "shards/toy/latents"):
+        shutil.copytree(fitted / name, workspace / name)
     return workspace
 
 
