@@ -41,7 +41,7 @@ def film(seconds: float, height: int = 480, width: int = 854) -> bytes:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for number in range(round(seconds * 24)):
             shift = number * 2 % (texture.shape[1] - width)
-            picture = texture[:, shift : shift + width] // 2 + rng.integers(0, 8, (height, width, 1), dtype=np.uint8)
+            picture = texture[:, shift : shift + width] // 2 + rng.integers(0, 16, (height, width, 1), dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")))
         container.mux(stream.encode())
     return buffer.getvalue()
@@ -97,6 +97,7 @@ def dual_rate(folder: Path, repeats: int) -> None:
         clip, video = Clip(24 * length - 3, 256, 256, 24.0, 1.6), film(length)
         write_shard(folder / f"film-{length}.tar", [{"__key__": "a", "mp4": video, "json": {"caption": "a"}}])
         stream = Stream(ClipDataset(Shards(str(folder / f"film-{length}.tar")), clip), seed=0, open_shards=1)
+        line(f"{length} s of 480p H.264", f"{len(video) * 8e-6 / length:.1f} Mb/s")
         ways = {"ours": lambda s=stream: collate([s[0]]), "bare PyAV": lambda v=video, c=clip: bare_pyav(v, c)}
         for name, function in (("decord", decord_twice), ("torchcodec", torchcodec_twice)):
             if find_spec(name):
