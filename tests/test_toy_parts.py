@@ -21,9 +21,9 @@ WEIGHTS = Path(encoders.__file__).parent / "weights"
 CLIP = Clip(num_frames=49, height=48, width=48, fps=24.0, semantic_fps=1.6)
 
 
-def clips(split: str, count: int) -> tuple[Tensor, list[dict]]:
+def clips(split: str, count: int, seed: int = 1) -> tuple[Tensor, list[dict]]:
     """Decoded uint8 frames (count, 49, 3, 48, 48) and what they show."""
-    rows = [toy_clip(split, index, seed=1) for index in range(count)]
+    rows = [toy_clip(split, index, seed) for index in range(count)]
     return torch.stack([decode_clip(video, CLIP) for _, video, _ in rows]), [info for *_, info in rows]
 
 
@@ -60,12 +60,16 @@ def test_latents_and_frames_do_not_see_the_future(vae, step):
 
 @torch.no_grad()
 def test_shipped_vae_reconstructs_heldout_clips_also_from_noisy_latents(vae):
-    video = clips("heldout", 32)[0].movedim(1, 2) / 127.5 - 1
-    latents = vae.encode(video).latent_dist.mode()
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    assert psnr(vae.decode(latents).sample, video).mean() >= 29.5  # 30.0 over many clips, docs/toy_parts.md
-    assert psnr(vae.decode(latents + 0.1 * std * noise).sample, video).mean() >= 27
+    generator, plain, noisy = torch.Generator().manual_seed(0), [], []
+    for seed in (1, 2, 3):  # a clip's PSNR has a deviation of 2 dB, so that few clips say little
+        for video in (clips("heldout", 192, seed)[0].movedim(1, 2) / 127.5 - 1).split(32):
+            latents = vae.encode(video).latent_dist.mode()
+            noise = torch.randn(latents.shape, generator=generator)
+            plain.append(psnr(vae.decode(latents).sample, video))
+            noisy.append(psnr(vae.decode(latents + 0.1 * std * noise).sample, video))
+    assert torch.cat(plain).mean() >= 30
+    assert torch.cat(noisy).mean() >= 27
 
 
 @pytest.fixture(scope="module")
