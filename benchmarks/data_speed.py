@@ -95,7 +95,8 @@ def line(name: str, value: str) -> None:
 def dual_rate(folder: Path, repeats: int) -> None:
     for length in (5, 10):
         clip, video = Clip(24 * length - 3, 256, 256, 24.0, 1.6), film(length)
-        write_shard(folder / f"film-{length}.tar", [{"__key__": "a", "mp4": video, "json": {"caption": "a"}}])
+        info = {"caption": "a", "duration": float(length), "fps": 24.0}  # as `lightning pack` has it
+        write_shard(folder / f"film-{length}.tar", [{"__key__": "a", "mp4": video, "json": info}])
         stream = Stream(ClipDataset(Shards(str(folder / f"film-{length}.tar")), clip), seed=0, open_shards=1)
         line(f"{length} s of 480p H.264", f"{len(video) * 8e-6 / length:.1f} Mb/s")
         ways = {"ours": lambda s=stream: collate([s[0]]), "bare PyAV": lambda v=video, c=clip: bare_pyav(v, c)}

@@ -15,6 +15,7 @@ from data.hdr import HLG, PQ, to_sdr
 
 TOLERANCE = 1e-3  # seconds; mkv and webm round timestamps to milliseconds
 MAX_PIXELS = 8192 * 8192
+UPRIGHT = np.eye(2)
 WORTH_A_SEEK = 1.0  # seconds; what begins earlier is decoded from the beginning
 
 
@@ -50,14 +51,16 @@ def declared(video: bytes) -> dict[str, float]:
 
 def _chosen(frames: Iterator[Timed], wanted: list[float], stream: av.VideoStream, clip: Clip) -> Tensor:
     """The pictures uint8 (T, 3, H, W) on display at the wanted seconds."""
-    picture, pictures = _Picture(stream, clip), []
+    picture, made = _Picture(stream, clip), 0
+    pictures = np.empty((len(wanted), clip.height, clip.width, 3), np.uint8)
     for begin, end, frame in _displayed(frames):
-        while len(pictures) < len(wanted) and wanted[len(pictures)] < end - TOLERANCE:
-            if wanted[len(pictures)] < begin - TOLERANCE:
+        while made < len(wanted) and wanted[made] < end - TOLERANCE:
+            if wanted[made] < begin - TOLERANCE:
                 raise Rejected("a gap in the timestamps")
-            pictures.append(picture(frame))
-        if len(pictures) == len(wanted):
-            return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+            pictures[made] = picture(frame)
+            made += 1
+        if made == len(wanted):
+            return torch.from_numpy(pictures).permute(0, 3, 1, 2)
     raise Rejected(f"shorter than {clip.num_frames} frames at {clip.fps:g} fps")
 
 
@@ -102,7 +105,7 @@ def pixel_aspect(stream: av.VideoStream) -> float:
 def display_matrix(frame: av.VideoFrame) -> np.ndarray:
     """(2, 2): the rows are where the x and the y axis of the stored picture point on display."""
     data = frame.side_data.get("DISPLAYMATRIX")
-    return np.eye(2) if data is None else np.frombuffer(data, np.int32).reshape(3, 3)[:2, :2]
+    return UPRIGHT if data is None else np.frombuffer(data, np.int32).reshape(3, 3)[:2, :2]
 
 
 def is_sideways(matrix: np.ndarray) -> bool:
