@@ -4,6 +4,7 @@ Parameters carry the names of diffusers' `WanTransformer3DModel`, so its checkpo
 tokens the network is Wan's. B batch, N tokens, C channels of the generated thing, d of the semantics.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,6 +15,7 @@ from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbed
 from diffusers.models.normalization import FP32LayerNorm
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_semgen.errors import UserError
 from lightning_semgen.positions import Grid, rotary_angles, rotary_positions, rotate
@@ -76,9 +78,11 @@ def layouts(
     return tuple(Layout(windows, tuple(windows.gather(x)[0] for x in rotary)) for windows in both)
 
 
-def per_kind(parts: list[Tensor], function) -> Tensor:
-    """Concatenates function(tokens of a kind, index of the kind) over the kinds of token."""
-    return torch.cat([function(part, kind) for kind, part in enumerate(parts)], dim=1)
+def per_kind(function: Callable[..., Tensor], sizes: list[int], *tensors: Tensor) -> Tensor:
+    """Concatenates function(index of the kind, its tokens of each tensor) over the kinds of token."""
+    parts = zip(*(x.split(sizes, dim=1) for x in tensors), strict=True)
+    outputs = [function(kind, *part) for kind, part in enumerate(parts)]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 class Attention(nn.Module):
@@ -117,19 +121,22 @@ class Block(nn.Module):
         # times: one (B, 6, dim) a kind; sizes: how many of the N tokens are of it
         table = [(self.scale_shift_table + t.float()).chunk(6, dim=1) for t in times]
 
-        def modulate(norm: nn.Module, first: int) -> Tensor:
-            return per_kind(
-                x.split(sizes, dim=1),
-                lambda part, k: (norm(part.float()) * (1 + table[k][first + 1]) + table[k][first]).type_as(x),
-            )
+        def modulate(x: Tensor, norm: nn.Module, first: int) -> Tensor:
+            def one(kind: int, x: Tensor) -> Tensor:
+                return torch.addcmul(table[kind][first], norm(x.float()), 1 + table[kind][first + 1]).type_as(x)
 
-        def gate(y: Tensor, index: int) -> Tensor:
-            return per_kind(y.split(sizes, dim=1), lambda part, k: part.float() * table[k][index])
+            return per_kind(one, sizes, x)
 
-        h = layout.windows.gather(modulate(self.norm1, 0))
-        x = (x.float() + gate(layout.windows.restore(self.attn1(h, h, layout)), 2)).type_as(x)
+        def add(x: Tensor, y: Tensor, gate: int) -> Tensor:
+            def one(kind: int, x: Tensor, y: Tensor) -> Tensor:
+                return torch.addcmul(x.float(), y.float(), table[kind][gate]).type_as(x)
+
+            return per_kind(one, sizes, x, y)
+
+        h = layout.windows.gather(modulate(x, self.norm1, 0))
+        x = add(x, layout.windows.restore(self.attn1(h, h, layout)), 2)
         x = x + self.attn2(self.norm2(x.float()).type_as(x), text)
-        return (x.float() + gate(self.ffn(modulate(self.norm3, 3)), 5)).type_as(x)
+        return add(x, self.ffn(modulate(x, self.norm3, 3)), 5)
 
 
 class ConditionEmbedder(nn.Module):
@@ -160,6 +167,7 @@ class VideoTransformer(nn.Module):
         semantic_dim: d of semantic tokens in context; None: the network takes none.
         rotary_rate: rotary positions per second.
         window_seconds: T_w of self-attention's windows; None: every token attends to all.
+        checkpoint_blocks: whether training keeps each block's input alone and runs it again in the backward pass.
     """
 
     def __init__(
@@ -171,10 +179,12 @@ class VideoTransformer(nn.Module):
         semantic_dim: int | None = None,
         rotary_rate: float = 6.0,
         window_seconds: float | None = None,
+        checkpoint_blocks: bool = False,
         freq_dim: int = 256,
     ):
         super().__init__()
         self.size, self.patch, self.rotary_rate, self.window_seconds = size, patch, rotary_rate, window_seconds
+        self.checkpoint_blocks = checkpoint_blocks
         self.patch_embedding = nn.Conv3d(channels, size.dim, kernel_size=patch, stride=patch)
         self.condition_embedder = ConditionEmbedder(size.dim, text_dim, freq_dim)
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
@@ -196,23 +206,36 @@ class VideoTransformer(nn.Module):
     def forward(
         self, z: Tensor, t: Tensor, text: Tensor, seconds: tuple[float, ...], semantics: Semantics | None = None
     ) -> Tensor:
-        """Velocity (B, C, T, H, W) at times t (B,), given text (B, L, text_dim) and the times of z's T steps."""
-        x = self.patch_embedding(z)
+        """Velocity (B, C, T, H, W) at times t (B,), given text (B, L, text_dim) and the times of z's T steps.
+
+        Inputs of any precision: they are turned to the weights'.
+        """
+        dtype = self.patch_embedding.weight.dtype
+        x = self.patch_embedding(z.to(dtype))
         grid = Grid(seconds[self.patch[0] - 1 :: self.patch[0]], *x.shape[-2:])
         x = rearrange(x, "b c t h w -> b (t h w) c")
         embedding, modulation = self.condition_embedder.time(t)
         grids, times = [grid], [modulation]
         if semantics is not None:
-            tokens = self.semantic_embedding(semantics.z.flatten(1, 3))
+            tokens = self.semantic_embedding(semantics.z.flatten(1, 3).to(dtype))
             x = torch.cat([x, tokens.type_as(x)], dim=1)
             grids.append(semantics.grid)
             times.append(self.condition_embedder.time(semantics.tau)[1])
-        text = self.condition_embedder.text_embedder(text)
+        text = self.condition_embedder.text_embedder(text.to(dtype))
         head_dim, sizes = self.size.dim // self.size.heads, [len(g) for g in grids]
         even_odd = layouts(tuple(grids), self.rotary_rate, head_dim, self.window_seconds, x.device)
         for index, block in enumerate(self.blocks):
-            x = block(x, text, times, sizes, even_odd[index % 2])
+            arguments = x, text, times, sizes, even_odd[index % 2]
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
         return self._output(x[:, : len(grid)], embedding, grid)
+
+    def compile(self, **options) -> None:
+        """Compiles the blocks in place, as `torch.compile` with those options; all share a graph for each layout."""
+        for block in self.blocks:
+            block.compile(**options)
 
     def _output(self, x: Tensor, embedding: Tensor, grid: Grid) -> Tensor:
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).chunk(2, dim=1)
