@@ -85,6 +85,13 @@ def per_kind(function: Callable[..., Tensor], sizes: list[int], *tensors: Tensor
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
+class RMSNorm(nn.RMSNorm):
+    """In its input's precision, as autocast has linear layers: there is no fused kernel for a mixture."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head attention with RMS-normed queries and keys."""
 
@@ -93,7 +100,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
+        self.norm_q, self.norm_k = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)
 
     def forward(self, x: Tensor, context: Tensor, layout: Layout | None = None) -> Tensor:
         q, k = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context))
