@@ -129,7 +129,8 @@ class PublishedEncoder(FrozenEncoder):
         return crop_centre(resize(frames, *scaled, self.kernel, self.antialias), *size)
 
     def preprocess(self, frames: Tensor) -> Tensor:
-        mean, std = torch.tensor([self.spec.mean, self.spec.std], device=frames.device)[..., None, None]
+        constants = torch.tensor([self.spec.mean, self.spec.std], dtype=torch.float32, device=frames.device)
+        mean, std = constants[..., None, None]
         return (self.resize(frames) / 255 - mean) / std
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:

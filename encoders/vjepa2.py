@@ -92,11 +92,11 @@ class VJEPA2(PublishedEncoder):
         """cos and sin (N, head width): a third of the channels each for t, y and x, a rest that does not turn."""
         head = self.spec.width // self.spec.heads
         third = head // 3 // 2 * 2
-        omega = 1 / 10000 ** (torch.arange(third // 2, device=device) / (third / 2))
+        omega = 1 / 10000 ** (torch.arange(third // 2, dtype=torch.float32, device=device) / (third / 2))
         axes = [torch.arange(n, device=device, dtype=torch.float32) for n in grid]
         if self.interpolated:
             cells = self.spec.size // self.spec.patch
-            axes[1:] = [torch.linspace(0, cells - 1, n, device=device) for n in grid[1:]]
+            axes[1:] = [torch.linspace(0, cells - 1, n, dtype=torch.float32, device=device) for n in grid[1:]]
         t, y, x = (axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij"))
         # The frequencies are tiled where pairs are neighbours: an oversight that the weights have learnt with.
         angles = torch.cat([(axis[:, None] * omega).repeat(1, 2) for axis in (t, y, x)], dim=1)

@@ -5,6 +5,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+DTYPE = torch.float32  # whatever the trainer's precision
+
 
 def key_of(*parts: int | str) -> int:
     """A 63-bit key of (seed, epoch, position) or whatever else names a draw."""
@@ -19,9 +21,11 @@ def _generators(keys: Tensor, purpose: str):
 
 def normal(keys: Tensor, purpose: str, *shape: int) -> Tensor:
     """Standard normal numbers (B, *shape); row b depends on `keys[b]` and `purpose` alone."""
-    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in _generators(keys, purpose)])
+    numbers = [torch.randn(shape, generator=g, dtype=DTYPE, device=g.device) for g in _generators(keys, purpose)]
+    return torch.stack(numbers)
 
 
 def uniform(keys: Tensor, purpose: str) -> Tensor:
     """Numbers in [0, 1) of shape (B,); row b depends on `keys[b]` and `purpose` alone."""
-    return torch.stack([torch.rand((), generator=g, device=g.device) for g in _generators(keys, purpose)])
+    numbers = [torch.rand((), generator=g, dtype=DTYPE, device=g.device) for g in _generators(keys, purpose)]
+    return torch.stack(numbers)

@@ -36,5 +36,6 @@ def adamw(
         groups.append({"params": compressor, "weight_decay": 0.0})
         factors.append(partial(factor, warmup=warmup, end=compressor_steps))
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True)
+    optimizer._step_supports_amp_scaling = False  # the scaler unscales: Lightning clips no gradients otherwise
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,6 +1,7 @@
 """What the two stages share: a generator prompted by text and its EMA twin, and how they learn, validate and sample."""
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +64,9 @@ class Stage(LightningModule):
         prompt_dropout: share of training prompts replaced by the empty one, for guidance.
         guidance_scale: classifier-free guidance on the prompt at sampling; 1 is none.
         sampling_steps: Euler steps from noise to data.
+        compile_blocks: whether a fit compiles the transformer's blocks by torch.compile: minutes at its start.
+        checkpoint_blocks: whether training keeps each block's input alone and runs the block again in the backward
+            pass: less memory, more time.
     """
 
     seconds: tuple[float, ...]  # of the steps of the generated thing
@@ -90,12 +94,15 @@ class Stage(LightningModule):
         prompt_dropout: float = 0.1,
         guidance_scale: float = 3.0,
         sampling_steps: int = 30,
+        compile_blocks: bool = False,
+        checkpoint_blocks: bool = False,
     ):
         super().__init__()
         self.clip, self.size, self.rotary_rate = clip, size_of(size), rotary_rate
         self.lr, self.warmup_steps, self.weight_decay, self.ema_decay = lr, warmup_steps, weight_decay, ema_decay
         self.kl_weight, self.prompt_dropout = kl_weight, prompt_dropout
         self.guidance_scale, self.sampling_steps = guidance_scale, sampling_steps
+        self.compile_blocks, self.checkpoint_blocks = compile_blocks, checkpoint_blocks
         self.compressor_steps = compressor_steps if semantic_dim is not None else 0  # nothing to learn without d
         self.space = None
         if encoder != "none":
@@ -113,11 +120,19 @@ class Stage(LightningModule):
         self._text = (build_text_encoder(text_encoder),)  # tuples hide what is frozen from the module tree
         self.text_encoder = text_encoder
 
-    def build_generator(self, channels: int, patch: tuple[int, int, int], semantic_dim: int | None) -> None:
+    def build_generator(
+        self,
+        channels: int,
+        patch: tuple[int, int, int],
+        semantic_dim: int | None = None,
+        window_seconds: float | None = None,
+    ) -> None:
         """Makes the generator of things with that many channels, and its EMA twin."""
         text = self.text
         rotary_rate = self.rotary_rate or self.clip.fps / self.time_stride
-        transformer = VideoTransformer(channels, text.dim, self.size, patch, semantic_dim, rotary_rate)
+        transformer = VideoTransformer(
+            channels, text.dim, self.size, patch, semantic_dim, rotary_rate, window_seconds, self.checkpoint_blocks
+        )
         self.generator = GeneratorNetwork(text if text.learnt else nn.Identity(), transformer)
         self.ema = deepcopy(self.generator).requires_grad_(False)
 
@@ -133,6 +148,9 @@ class Stage(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.move_frozen(self.device)
+        if stage == "fit" and self.compile_blocks:
+            for network in (self.generator, self.ema):
+                network.transformer.compile(dynamic=False)
         if stage == "fit" or self.trainer.ckpt_path:
             self.load_compressor()
 
@@ -140,6 +158,17 @@ class Stage(LightningModule):
         """A frozen compressor's weights, from the checkpoint that this stage starts from or the run that learnt it."""
         if self.space is not None and self.space.run:
             self.space.load_compressor(self.trainer.ckpt_path or self.space.run)
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> "Stage":
+        """Only the generator's dtype follows trainer.precision: averages and statistics would drown in bfloat16."""
+
+        def same_dtype(tensor: Tensor) -> Tensor:
+            moved = function(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        for child in self.children():
+            child._apply(function if child is self.generator else same_dtype)
+        return super()._apply(same_dtype, recurse=False)
 
     def move_frozen(self, device: torch.device) -> None:
         for part in self.frozen:
@@ -252,7 +281,9 @@ class Stage(LightningModule):
         super().optimizer_step(*args, **kwargs)
         decay = min(self.ema_decay, (1 + self.global_step) / (10 + self.global_step))  # a short memory at first
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - decay)
+            averages = list(self.ema.parameters())
+            latest = [p.to(a.dtype) for p, a in zip(self.generator.parameters(), averages, strict=True)]
+            torch._foreach_lerp_(averages, latest, 1 - decay)
 
     def configure_optimizers(self) -> dict:
         if (steps := self.trainer.max_steps) <= 0:

@@ -4,7 +4,9 @@ Parameters carry the names of diffusers' `WanTransformer3DModel`, so its checkpo
 tokens the network is Wan's. B batch, N tokens, C channels of the generated thing, d of the semantics.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +15,11 @@ from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbed
 from diffusers.models.normalization import FP32LayerNorm
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_semgen.errors import UserError
 from lightning_semgen.positions import Grid, rotary_angles, rotary_positions, rotate
+from lightning_semgen.windows import Windows, attention, windows_of
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,39 @@ class Semantics:
     grid: Grid
 
 
-def per_kind(parts: list[Tensor], function) -> Tensor:
-    """Concatenates function(tokens of a kind, index of the kind) over the kinds of token."""
-    return torch.cat([function(part, kind) for kind, part in enumerate(parts)], dim=1)
+@dataclass(frozen=True)
+class Layout:
+    """What self-attention knows of N tokens: windows, and in their order cos and sin (N, 1, head_dim / 2)."""
+
+    windows: Windows
+    rotary: tuple[Tensor, Tensor]
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what validation makes first, training needs too
+def layouts(
+    grids: tuple[Grid, ...], rate: float, head_dim: int, window_seconds: float | None, device: torch.device
+) -> tuple[Layout, Layout]:
+    """The layouts of even and of odd layers; the first grid is the reference of the rotary positions."""
+    positions = torch.cat([rotary_positions(grid, grids[0], rate) for grid in grids])
+    angles = rotary_angles(positions, head_dim)[None, :, None]
+    rotary = angles.cos().float().to(device), angles.sin().float().to(device)
+    both = (windows_of(grids, window_seconds, shifted, device) for shifted in (False, True))
+    return tuple(Layout(windows, tuple(windows.gather(x)[0] for x in rotary)) for windows in both)
+
+
+def per_kind(function: Callable[..., Tensor], sizes: list[int], *tensors: Tensor) -> Tensor:
+    """Concatenates function(index of the kind, its tokens of each tensor) over the kinds of token."""
+    parts = zip(*(x.split(sizes, dim=1) for x in tensors), strict=True)
+    outputs = [function(kind, *part) for kind, part in enumerate(parts)]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+class RMSNorm(nn.RMSNorm):
+    """In its input's precision, as autocast has linear layers: there is no fused kernel for a mixture."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
 class Attention(nn.Module):
@@ -66,15 +100,15 @@ class Attention(nn.Module):
         self.heads = heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
+        self.norm_q, self.norm_k = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)
 
-    def forward(self, x: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, layout: Layout | None = None) -> Tensor:
         q, k = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context))
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, self.to_v(context)))  # (B, N, heads, head_dim)
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        y = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)))
-        return self.to_out[0](y.transpose(1, 2).flatten(2))
+        if layout is None:
+            return self.to_out[0](attention(q, k, v).flatten(2))
+        q, k = rotate(q, *layout.rotary), rotate(k, *layout.rotary)
+        return self.to_out[0](attention(q, k, v, layout.windows.groups).flatten(2))
 
 
 class Block(nn.Module):
@@ -90,25 +124,26 @@ class Block(nn.Module):
         self.ffn = FeedForward(size.dim, inner_dim=size.ffn_dim, activation_fn="gelu-approximate")
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, size.dim) / size.dim**0.5)
 
-    def forward(
-        self, x: Tensor, text: Tensor, times: list[Tensor], sizes: list[int], rotary: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, times: list[Tensor], sizes: list[int], layout: Layout) -> Tensor:
         # times: one (B, 6, dim) a kind; sizes: how many of the N tokens are of it
         table = [(self.scale_shift_table + t.float()).chunk(6, dim=1) for t in times]
 
-        def modulate(norm: nn.Module, first: int) -> Tensor:
-            return per_kind(
-                x.split(sizes, dim=1),
-                lambda part, k: (norm(part.float()) * (1 + table[k][first + 1]) + table[k][first]).type_as(x),
-            )
+        def modulate(x: Tensor, norm: nn.Module, first: int) -> Tensor:
+            def one(kind: int, x: Tensor) -> Tensor:
+                return torch.addcmul(table[kind][first], norm(x.float()), 1 + table[kind][first + 1]).type_as(x)
 
-        def gate(y: Tensor, index: int) -> Tensor:
-            return per_kind(y.split(sizes, dim=1), lambda part, k: part.float() * table[k][index])
+            return per_kind(one, sizes, x)
 
-        h = modulate(self.norm1, 0)
-        x = (x.float() + gate(self.attn1(h, h, rotary), 2)).type_as(x)
+        def add(x: Tensor, y: Tensor, gate: int) -> Tensor:
+            def one(kind: int, x: Tensor, y: Tensor) -> Tensor:
+                return torch.addcmul(x.float(), y.float(), table[kind][gate]).type_as(x)
+
+            return per_kind(one, sizes, x, y)
+
+        h = layout.windows.gather(modulate(x, self.norm1, 0))
+        x = add(x, layout.windows.restore(self.attn1(h, h, layout)), 2)
         x = x + self.attn2(self.norm2(x.float()).type_as(x), text)
-        return (x.float() + gate(self.ffn(modulate(self.norm3, 3)), 5)).type_as(x)
+        return add(x, self.ffn(modulate(x, self.norm3, 3)), 5)
 
 
 class ConditionEmbedder(nn.Module):
@@ -138,6 +173,8 @@ class VideoTransformer(nn.Module):
         patch: cells of z in one token, along T, H and W.
         semantic_dim: d of semantic tokens in context; None: the network takes none.
         rotary_rate: rotary positions per second.
+        window_seconds: T_w of self-attention's windows; None: every token attends to all.
+        checkpoint_blocks: whether training keeps each block's input alone and runs it again in the backward pass.
     """
 
     def __init__(
@@ -148,10 +185,13 @@ class VideoTransformer(nn.Module):
         patch: tuple[int, int, int] = (1, 2, 2),
         semantic_dim: int | None = None,
         rotary_rate: float = 6.0,
+        window_seconds: float | None = None,
+        checkpoint_blocks: bool = False,
         freq_dim: int = 256,
     ):
         super().__init__()
-        self.size, self.patch, self.rotary_rate = size, patch, rotary_rate
+        self.size, self.patch, self.rotary_rate, self.window_seconds = size, patch, rotary_rate, window_seconds
+        self.checkpoint_blocks = checkpoint_blocks
         self.patch_embedding = nn.Conv3d(channels, size.dim, kernel_size=patch, stride=patch)
         self.condition_embedder = ConditionEmbedder(size.dim, text_dim, freq_dim)
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
@@ -173,27 +213,36 @@ class VideoTransformer(nn.Module):
     def forward(
         self, z: Tensor, t: Tensor, text: Tensor, seconds: tuple[float, ...], semantics: Semantics | None = None
     ) -> Tensor:
-        """Velocity (B, C, T, H, W) at times t (B,), given text (B, L, text_dim) and the times of z's T steps."""
-        x = self.patch_embedding(z)
+        """Velocity (B, C, T, H, W) at times t (B,), given text (B, L, text_dim) and the times of z's T steps.
+
+        Inputs of any precision: they are turned to the weights'.
+        """
+        dtype = self.patch_embedding.weight.dtype
+        x = self.patch_embedding(z.to(dtype))
         grid = Grid(seconds[self.patch[0] - 1 :: self.patch[0]], *x.shape[-2:])
         x = rearrange(x, "b c t h w -> b (t h w) c")
         embedding, modulation = self.condition_embedder.time(t)
         grids, times = [grid], [modulation]
         if semantics is not None:
-            tokens = self.semantic_embedding(semantics.z.flatten(1, 3))
+            tokens = self.semantic_embedding(semantics.z.flatten(1, 3).to(dtype))
             x = torch.cat([x, tokens.type_as(x)], dim=1)
             grids.append(semantics.grid)
             times.append(self.condition_embedder.time(semantics.tau)[1])
-        text = self.condition_embedder.text_embedder(text)
-        rotary, sizes = self._rotary(grids, x.device), [len(g) for g in grids]
-        for block in self.blocks:
-            x = block(x, text, times, sizes, rotary)
+        text = self.condition_embedder.text_embedder(text.to(dtype))
+        head_dim, sizes = self.size.dim // self.size.heads, [len(g) for g in grids]
+        even_odd = layouts(tuple(grids), self.rotary_rate, head_dim, self.window_seconds, x.device)
+        for index, block in enumerate(self.blocks):
+            arguments = x, text, times, sizes, even_odd[index % 2]
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
         return self._output(x[:, : len(grid)], embedding, grid)
 
-    def _rotary(self, grids: list[Grid], device: torch.device) -> tuple[Tensor, Tensor]:
-        positions = torch.cat([rotary_positions(g, grids[0], self.rotary_rate) for g in grids])
-        angles = rotary_angles(positions, self.size.dim // self.size.heads)[:, None]  # (N, 1, head_dim / 2)
-        return angles.cos().float().to(device), angles.sin().float().to(device)
+    def compile(self, **options) -> None:
+        """Compiles the blocks in place, as `torch.compile` with those options; all share a graph for each layout."""
+        for block in self.blocks:
+            block.compile(**options)
 
     def _output(self, x: Tensor, embedding: Tensor, grid: Grid) -> Tensor:
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).chunk(2, dim=1)
