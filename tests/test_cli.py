@@ -127,6 +127,25 @@ def test_encode_on_two_devices_writes_the_same_bytes(workspace, lightning):
     assert len(one) == 3 and one == two
 
 
+def test_several_configs_are_encoded_in_one_pass(workspace, lightning, fails):
+    configs = [f"{CONFIGS}/dim8.yaml", f"{CONFIGS}/paper_recipe/paper_latent_dim8.yaml"]
+    both = ("encode", *(word for config in configs for word in ("-c", config)))
+    lightning(*both)
+    folders = [Path("shards/toy/features"), Path("shards/toy/latents")]
+    together = [{path.name: path.read_bytes() for path in folder.rglob("*.tar")} for folder in folders]
+    for config, folder, expected in zip(configs, folders, together, strict=True):
+        lightning("encode", "-c", config, "--data.encoded", f"apart/{folder.name}")
+        apart = {path.name: path.read_bytes() for path in Path(f"apart/{folder.name}").rglob("*.tar")}
+        assert len(expected) == 2 and apart == expected
+    lightning("fit", "-c", configs[0], *FIT)  # which takes them as its own
+    Path("longer.yaml").write_text(Path(configs[0]).read_text().replace("  toy_clips: 3072", "  num_frames: 97"))
+    said = fails(*both, "-c", "longer.yaml", "--data.encoded=one")
+    assert "needs a data.encoded of its own" in said
+    Path("other.yaml").write_text(Path("longer.yaml").read_text().replace("toy/features", "toy/other"))
+    said = fails(*both, "-c", "other.yaml")
+    assert "data.num_frames is 49 in one config and 97 in another" in said
+
+
 @pytest.mark.parametrize("options", [["--model.encoder=none"], ["--model.encoder=vae", "--model.compressor=learn"]])
 def test_the_papers_baselines_run_online(workspace, lightning, options):
     fit = (
