@@ -84,17 +84,15 @@ def test_an_epoch_delivers_every_good_sample_in_its_place(clips):
 
 
 def test_encoding_keeps_every_good_sample_once_or_stops_with_the_causes(clips, tmp_path, recwarn):
-    mean = {"features": lambda batch: batch["semantic_frames"].float().mean((3, 4))}
-
     def encode(folder, share):
-        encoding = Encoding(folder, {}, lambda batch: {name: way(batch) for name, way in mean.items()})
-        encode_shards(clips, [encoding], collate, batch_size=50, workers=2, max_bad_share=share)
+        mean = Encoding(folder, {}, lambda batch: {"features": batch["semantic_frames"].float().mean((3, 4))})
+        encode_shards(clips, [mean], collate, batch_size=50, workers=2, max_bad_share=share)
 
     encode(tmp_path / "all", 0.2)
     keys = [key for _, key, _ in Shards(str(tmp_path / "all/*.tar")).samples]
     assert sorted(keys) == [f"k{n:04}" for n in range(COUNT) if n not in BAD]
-    causes = Counter(str(warning.message).split(": ", 1)[1] for warning in recwarn)
-    assert causes.total() == 100 and set(causes.values()) == {20}, causes
+    causes = Counter(str(warning.message).split(": ", 1)[1].split(":")[0].rstrip(".") for warning in recwarn)
+    assert causes == {"does not decode": 60, "no video stream": 20, "shorter than 5 frames at 24 fps": 20}
     with pytest.raises(UserError, match="samples were rejected") as stop:
         encode(tmp_path / "none", 0.05)
     for cause in ("no video stream", "shorter than 5 frames at 24 fps", "does not decode"):
