@@ -16,12 +16,13 @@ from statistics import median
 import av
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.clip import Clip
 from data.datasets import ClipDataset, Stream, collate
 from data.decode import decode_clip
-from data.encoded import encode_shards
+from data.encoded import Encoding, encode_shards
 from data.order import SampleOrder
 from data.shards import Shards, write_shard
 from data.toy import toy_clip
@@ -127,7 +128,7 @@ def encoded(folder: Path, repeats: int, count: int = 64) -> None:
     def parts(batch: dict) -> dict:
         return {"features": encoder(batch["semantic_frames"]), "latents": vae.encode(batch["frames"])}
 
-    encode_shards(clips, folder / "encoded", {}, parts, collate, batch_size=16, workers=0)
+    encode_shards(clips, [Encoding(folder / "encoded", {}, parts)], collate, batch_size=16, workers=0)
     ready = ClipDataset(Shards(str(folder / "encoded" / "*.tar")), TOY)
     ways = {
         "encoded": lambda: [collate([ready[i] for i in range(s, s + 16)]) for s in range(0, count, 16)],
@@ -147,17 +148,26 @@ def reader(folder: Path, repeats: int, count: int = 200, size: int = 2 * 10**6) 
     line("encoded shards: reader alone, from page cache", f"{count * size / taken / 1e6:,.0f} MB/s")
 
 
+class Peaks(Dataset):
+    """A stream of which only the peak memory of the process that reads it is delivered."""
+
+    def __init__(self, stream: Stream):
+        self.stream = stream
+
+    def __getitem__(self, position: int) -> int:
+        self.stream[position]
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def memory(folder: Path, count: int) -> None:
-    """Growth of the peak from a tenth of the way on; among the samples is one of a minute at 480p."""
+    """Growth of a worker's peak from a tenth of the way on; one sample in 32 is a film of a minute at 480p."""
     rows = [toy_clip("train", index, 0) for index in range(31)]
     samples = [{"__key__": key, "mp4": mp4, "json": info} for key, mp4, info in rows]
     write_shard(folder / "memory.tar", [*samples, {"__key__": "film", "mp4": film(60), "json": {"caption": "a"}}])
     stream = Stream(ClipDataset(Shards(str(folder / "memory.tar")), TOY), seed=0, open_shards=1)
-    peaks = []
-    for position in tqdm(range(count), desc="memory", leave=False):
-        stream[position]
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    line(f"peak memory after {count:,} samples over that after a tenth", f"{peaks[-1] / peaks[count // 10]:.3f}")
+    worker = DataLoader(Peaks(stream), batch_size=None, sampler=range(count), num_workers=1)
+    peaks = list(tqdm(worker, desc="memory", total=count, leave=False))
+    line(f"a worker's peak memory: after {count:,} samples over after a tenth", f"{peaks[-1] / peaks[count // 10]:.3f}")
 
 
 def mixing(shards: int = 400, samples: int = 250) -> None:

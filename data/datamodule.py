@@ -1,13 +1,13 @@
 """The data module: shards to batches, on any number of ranks and workers; its state is one integer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
-from lightning import LightningDataModule
+from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data.choice import Choice
 from data.clip import Clip
 from data.datasets import ClipDataset, FixedClips, Prompts, References, Stream, captions, collate, read_prompts
-from data.encoded import all_ranks_finish, check_fingerprint, encode_shards, encoded_paths
+from data.encoded import Encoding, all_ranks_finish, check_fingerprint, encode_shards, encoded_paths
 from data.order import PositionBatches
 from data.shards import MAX_MEMBER_MB, Shards, index_path, write_shard
 from data.toy import toy_clip
@@ -105,23 +105,44 @@ class VideoDataModule(LightningDataModule):
             self.encode()
 
     @all_ranks_finish()
-    def encode(self) -> None:
-        """Runs the stage's frozen parts over all shards that have not been encoded yet, each rank over its share."""
-        stage = self.trainer.lightning_module
-        stage.load_compressor()
+    def encode(self, others: Sequence[tuple["VideoDataModule", LightningModule]] = ()) -> None:
+        """Runs the stage's frozen parts over all shards that have not been encoded yet, each rank over its share.
+
+        Those of `others`, data modules of the same clips and their stages, see the clips in the same pass. UserError
+        where the clips are not the same.
+        """
+        pairs = [(self, self.trainer.lightning_module), *others]
+        for data, stage in pairs:
+            self._check_same_clips(data)
+            stage.load_compressor()
         for split in self.shards:
+            clips = self._clips(split, encoded=False)
+            clips.needs_video = any(stage.needs_video for _, stage in pairs)
             encode_shards(
-                self._clips(split, encoded=False),
-                self.encoded / split,
-                stage.fingerprint(),
-                stage.encode,
+                clips,
+                [Encoding(data.encoded / split, stage.fingerprint(), stage.encode) for data, stage in pairs],
                 collate,
-                self.batch_size,
+                min(data.batch_size for data, _ in pairs),
                 self.num_workers,
                 self.max_bad_share,
                 self.trainer.global_rank,
                 self.trainer.world_size,
             )
+
+    def _check_same_clips(self, other: "VideoDataModule") -> None:
+        for name, value in other._clip_options.items():
+            if value != (mine := self._clip_options[name]):
+                raise UserError(
+                    f"One pass encodes one set of clips, but data.{name} is {mine} in one config and {value} in"
+                    " another: give it once for all on the command line, or encode them one after another."
+                )
+
+    @property
+    def _clip_options(self) -> dict:
+        """What decides which clips encoded shards are of."""
+        shards = {f"{split}_shards": patterns for split, patterns in self.shards.items()}
+        bounds = {"min_duration": self.choice.min_duration, "min_fps": self.choice.min_fps}
+        return shards | vars(self.clip) | bounds | {"max_member_mb": self.max_member_mb}
 
     def _clips(self, split: str, encoded: bool) -> ClipDataset:
         shards = self._shards(self.shards[split])

@@ -3,8 +3,9 @@
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import accumulate
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from data.clip import Clip
 from data.decode import Rejected
-from data.shards import Shards, index_path, write_atomically, write_shard
+from data.shards import Shards, index_path, shard_writer, write_atomically
 from data.tally import Tally
 from lightning_semgen.errors import UserError
 
@@ -55,11 +56,40 @@ def check_fingerprint(folder: Path, fingerprint: dict) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """What one stage's frozen parts make of clips: the folder of its shards, their fingerprint, and how.
+
+    `encode` makes of a batch of a `ClipDataset` its `PARTS`: {"features": (B, …), "text": B × (L, dim), …}.
+    """
+
+    folder: Path
+    fingerprint: dict
+    encode: Encode
+
+    def prepare(self) -> None:
+        """The folder with its fingerprint; UserError where it holds shards of another one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / "fingerprint.json").exists():
+            check_fingerprint(self.folder, self.fingerprint)
+        else:
+            write_atomically(self.folder / "fingerprint.json", json.dumps(self.fingerprint, indent=1))
+
+    def missing(self, shards: Shards, share: list[int]) -> dict[int, Path]:
+        """The shards of a share that are not encoded yet, by their number, and where they will be."""
+        paths = encoded_paths(shards, self.folder)
+        return {number: paths[number] for number in share if not index_path(paths[number]).exists()}
+
+    def samples(self, batch: dict) -> Iterator[dict]:
+        parts = {f"{name}.npy": value for name, value in self.encode(batch).items()}
+        for row, info in enumerate(batch["info"]):
+            arrays = {name: to_bytes(value[row]) for name, value in parts.items()}
+            yield {"__key__": batch["sample"][row], "json": info, **arrays}
+
+
 def encode_shards(
     clips: Dataset,
-    folder: Path,
-    fingerprint: dict,
-    encode: Encode,
+    encodings: list[Encoding],
     collate: Callable,
     batch_size: int,
     workers: int,
@@ -67,27 +97,35 @@ def encode_shards(
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Writes one encoded shard for each shard in this rank's share of a `ClipDataset` of videos that `folder` lacks.
+    """Writes, for each shard in this rank's share of a `ClipDataset` of videos, the encoded ones that are missing.
 
-    `encode` makes of a batch of that dataset its `PARTS`: {"features": (B, …), "text": B × (L, dim), …}. UserError
-    where more than `max_bad_share` of the clips are rejected.
+    The clips are decoded once, for all encodings. UserError where more than `max_bad_share` of them are rejected.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "fingerprint.json").exists():
-        check_fingerprint(folder, fingerprint)
-    else:
-        write_atomically(folder / "fingerprint.json", json.dumps(fingerprint, indent=1))
-    targets, sizes = encoded_paths(clips.shards, folder), clips.shards.sizes
-    ends, tally = list(accumulate(sizes)), Tally()
-    share = share_of(sizes, rank, world_size)
-    missing = [shard for shard in share if not index_path(targets[shard]).exists()]
-    total = sum(sizes[shard] for shard in missing)
+    for encoding in encodings:
+        encoding.prepare()
+    sizes, tally = clips.shards.sizes, Tally()
+    ends, share = list(accumulate(sizes)), share_of(sizes, rank, world_size)
+    missing = [encoding.missing(clips.shards, share) for encoding in encodings]
+    todo = [shard for shard in share if any(shard in paths for paths in missing)]
+    total = sum(sizes[shard] for shard in todo)
+    folders = ", ".join(str(encoding.folder) for encoding in encodings)
     batch_size = clips_at_once(clips.clip, batch_size)
-    with tqdm(total=total, desc=f"encoding into {folder}", unit="clip", disable=rank != 0 or not total) as progress:
-        for shard in missing:
+    with tqdm(total=total, desc=f"encoding into {folders}", unit="clip", disable=rank != 0 or not total) as progress:
+        for shard in todo:
             part = Subset(Sifted(clips), range(ends[shard] - sizes[shard], ends[shard]))
             loader = DataLoader(part, batch_size, num_workers=workers, collate_fn=partial(_sift, collate))
-            write_shard(targets[shard], _samples(loader, encode, progress, tally, max_bad_share))
+            wanted = [(e, paths[shard]) for e, paths in zip(encodings, missing, strict=True) if shard in paths]
+            _write(_good(loader, progress, tally, max_bad_share), wanted)
+
+
+def _write(batches: Iterable[dict], wanted: list[tuple[Encoding, Path]]) -> None:
+    """One shard of each encoding, all of them while the batches pass."""
+    with ExitStack() as stack:
+        writers = [(encoding, stack.enter_context(shard_writer(path))) for encoding, path in wanted]
+        for batch in batches:
+            for encoding, write in writers:
+                for sample in encoding.samples(batch):
+                    write(sample)
 
 
 def clips_at_once(clip: Clip, batch_size: int) -> int:
@@ -143,15 +181,13 @@ def _sift(collate: Callable, samples: list[dict | tuple[str, str]]) -> tuple[dic
     return collate(good) if good else None, [sample for sample in samples if isinstance(sample, tuple)]
 
 
-def _samples(loader: DataLoader, encode: Encode, progress: tqdm, tally: Tally, max_bad_share: float) -> Iterator[dict]:
+def _good(loader: DataLoader, progress: tqdm, tally: Tally, max_bad_share: float) -> Iterator[dict]:
+    """The batches of clips that are not rejected."""
     for batch, rejected in loader:
         tally.add(0 if batch is None else len(batch["info"]), rejected)
         tally.check(max_bad_share, tally.causes.total(), tally.seen)
         for key, cause in rejected:
             warnings.warn(f"Sample {key} is left out of the encoded shards: {cause}.", stacklevel=2)
         if batch is not None:
-            parts = {f"{name}.npy": value for name, value in encode(batch).items()}
-            for row, info in enumerate(batch["info"]):
-                arrays = {name: to_bytes(value[row]) for name, value in parts.items()}
-                yield {"__key__": batch["sample"][row], "json": info, **arrays}
+            yield batch
         progress.update(len(rejected) + (0 if batch is None else len(batch["info"])))

@@ -9,9 +9,9 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from uuid import uuid4
@@ -49,15 +49,22 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def write_shard(path: Path, samples: Iterable[dict]) -> None:
-    """Writes samples {"__key__": …, "mp4": bytes, "json": dict, …}, then the index; a killed write leaves neither."""
+@contextmanager
+def shard_writer(path: Path) -> Iterator[Callable[[dict], None]]:
+    """Writes samples {"__key__": …, "mp4": bytes, "json": dict, …} as they come, at the end the index; neither is there
+    before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     with wds.TarWriter(str(partial), mtime=0) as writer:
-        for sample in samples:
-            writer.write(sample)
+        yield writer.write
     partial.replace(path)
     read_index(path)
+
+
+def write_shard(path: Path, samples: Iterable[dict]) -> None:
+    with shard_writer(path) as write:
+        for sample in samples:
+            write(sample)
 
 
 def read_index(path: Path | RemotePath) -> list[dict]:

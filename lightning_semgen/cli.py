@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -125,20 +126,31 @@ def run(args: list[str] | None = None, execute: bool = True) -> SemGenCLI:
 
 
 def encode(args: list[str]) -> None:
-    """Runs the frozen parts of a config over its shards, on every device, and keeps what they say in data.encoded."""
-    cli = run(args, execute=False)
-    if cli.datamodule.encoded is None:
+    """Runs the frozen parts of one config or several (-c A -c B) over their shards in one pass, on every device, and
+    keeps what they say in each one's data.encoded."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    known, others = parser.parse_known_args(args)
+    configs = [["-c", config] for config in known.config] or [[]]
+    first, *more = [run([*config, *others], execute=False) for config in configs]
+    folders = [cli.datamodule.encoded for cli in (first, *more)]
+    if None in folders:
         raise UserError("Where to? Name a folder for the encoded shards with --data.encoded.")
-    cli.trainer.strategy.connect(cli.model)
-    cli.datamodule.trainer = cli.model.trainer = cli.trainer
-    on_every_device(cli.trainer.strategy, partial(_encode, cli.trainer, cli.datamodule))
+    if len(set(folders)) < len(folders):
+        raise UserError(f"Each config needs a data.encoded of its own, here they are {', '.join(map(str, folders))}.")
+    trainer = first.trainer
+    trainer.strategy.connect(first.model)
+    for cli in (first, *more):
+        cli.datamodule.trainer = cli.model.trainer = trainer
+    pairs = [(cli.datamodule, cli.model) for cli in more]
+    on_every_device(trainer.strategy, partial(_encode, trainer, first.datamodule, pairs))
 
 
-def _encode(trainer: Trainer, data: VideoDataModule) -> None:
+def _encode(trainer: Trainer, data: VideoDataModule, others: list[tuple[VideoDataModule, LightningModule]]) -> None:
     if trainer.local_rank == 0:
         data.prepare_data()
     trainer.strategy.barrier()
-    data.encode()
+    data.encode(others)
 
 
 def on_every_device(strategy: Strategy, work: Callable[[], None]) -> None:
@@ -176,6 +188,7 @@ def hush() -> None:
     """Silences what tells a user of this command nothing."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     transformers_logging.disable_progress_bar()
 

@@ -127,6 +127,25 @@ def test_encode_on_two_devices_writes_the_same_bytes(workspace, lightning):
     assert len(one) == 3 and one == two
 
 
+def test_several_configs_are_encoded_in_one_pass(workspace, lightning, fails):
+    configs = [f"{CONFIGS}/dim8.yaml", f"{CONFIGS}/paper_recipe/paper_latent_dim8.yaml"]
+    both = ("encode", *(word for config in configs for word in ("-c", config)))
+    lightning(*both)
+    for config, name in zip(configs, ("features", "latents"), strict=True):
+        lightning("encode", "-c", config, "--data.encoded", f"apart/{name}")
+        together, apart = (
+            {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.suffix == ".tar" or p.stem == "fingerprint"}
+            for f in (Path("shards/toy", name), Path("apart", name))
+        )
+        assert len(together) == 4 and together == apart
+    Path("longer.yaml").write_text(Path(configs[0]).read_text().replace("  toy_clips: 3072", "  num_frames: 97"))
+    said = fails(*both, "-c", "longer.yaml", "--data.encoded=one")
+    assert "needs a data.encoded of its own" in said
+    Path("other.yaml").write_text(Path("longer.yaml").read_text().replace("toy/features", "toy/other"))
+    said = fails(*both, "-c", "other.yaml")
+    assert "data.num_frames is 49 in one config and 97 in another" in said
+
+
 @pytest.mark.parametrize("options", [["--model.encoder=none"], ["--model.encoder=vae", "--model.compressor=learn"]])
 def test_the_papers_baselines_run_online(workspace, lightning, options):
     fit = (

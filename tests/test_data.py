@@ -17,7 +17,7 @@ from data.clip import Clip
 from data.datamodule import VideoDataModule, render_toy_world
 from data.datasets import ClipDataset, FixedClips, Stream, collate, read_prompts
 from data.decode import Rejected, decode_clip
-from data.encoded import check_fingerprint, encode_shards, share_of
+from data.encoded import Encoding, check_fingerprint, encode_shards, share_of
 from data.mp4 import write_mp4
 from data.order import PositionBatches, SampleOrder
 from data.shards import Shards, has_caption, index_path, write_shard
@@ -183,15 +183,8 @@ def test_bad_samples_are_replaced_and_reported(damaged):
 def test_bad_samples_are_left_out_of_encoded_shards_and_replaced_in_validation(damaged, tmp_path):
     clips = ClipDataset(damaged, CLIP)
     with pytest.warns(UserWarning, match="train-000002 is left out.*does not decode"):
-        encode_shards(
-            clips,
-            tmp_path / "enc",
-            {},
-            lambda batch: {"features": batch["position"]},
-            numbered,
-            batch_size=3,
-            workers=0,
-        )
+        positions = Encoding(tmp_path / "enc", {}, lambda batch: {"features": batch["position"]})
+        encode_shards(clips, [positions], numbered, batch_size=3, workers=0)
     assert len(Shards(str(tmp_path / "enc/*.tar"))) == 7
     assert [FixedClips(clips)[index]["sample"] for index in (1, 2, 3)] == [
         "train-000001",
@@ -260,7 +253,7 @@ def test_encoded_shards_say_what_the_parts_say_and_are_written_once(shards, tmp_
         return {"features": batch["semantic_frames"].float().mean((3, 4)) / 255}
 
     for _ in range(2):
-        encode_shards(clips, tmp_path / "enc", {"encoder": "mean"}, encode, collate, batch_size=5, workers=0)
+        encode_shards(clips, [Encoding(tmp_path / "enc", {"encoder": "mean"}, encode)], collate, 5, workers=0)
     assert calls == [5, 5, 5, 1]
     encoded = FixedClips(ClipDataset(Shards(str(tmp_path / "enc/*.tar")), CLIP))
     for index in (0, 15):
@@ -281,7 +274,7 @@ def test_few_long_clips_are_encoded_at_once(shards, tmp_path, monkeypatch, held,
         seen.append(len(batch["sample"]))
         return {"features": batch["semantic_frames"]}
 
-    encode_shards(clips, tmp_path / "enc", {}, encode, collate, batch_size=5, workers=0)
+    encode_shards(clips, [Encoding(tmp_path / "enc", {}, encode)], collate, batch_size=5, workers=0)
     assert seen == sizes
 
 
@@ -290,13 +283,46 @@ def test_each_rank_encodes_its_share_whenever_it_begins(shards, tmp_path):
 
     def encode(rank, folder):
         options = {"batch_size": 5, "workers": 0, "rank": rank, "world_size": 2}
-        mean = {"features": lambda batch: batch["semantic_frames"].float().mean((3, 4))}
-        encode_shards(clips, folder, {}, lambda batch: {k: f(batch) for k, f in mean.items()}, collate, **options)
+        mean = Encoding(folder, {}, lambda batch: {"features": batch["semantic_frames"].float().mean((3, 4))})
+        encode_shards(clips, [mean], collate, **options)
         return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
 
     first, both = encode(0, tmp_path / "a"), encode(1, tmp_path / "a")
     assert [name.split("-")[0] for name in first] == ["train"] and len(both) == 2
     assert both == encode(1, tmp_path / "b") | encode(0, tmp_path / "b")
+
+
+def test_one_decode_feeds_several_encodings_and_only_what_is_missing_is_made(shards, tmp_path):
+    """The same bytes as one after another."""
+    decoded = []
+
+    class Counted(ClipDataset):
+        def sample(self, index, key=None):
+            decoded.append(index)
+            return super().sample(index, key)
+
+    ways = {
+        "mean": lambda batch: {"features": batch["semantic_frames"].float().mean((3, 4))},
+        "small": lambda batch: {"features": batch["semantic_frames"][..., ::8, ::8]},
+    }
+
+    def made(folder, *names):
+        encodings = [Encoding(folder / name, {}, ways[name]) for name in names]
+        encode_shards(clips, encodings, collate, batch_size=5, workers=0)
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.tar")}
+
+    clips = Counted(Shards(str(shards / "shards/toy/*.tar")), CLIP)
+    together = made(tmp_path / "a", "mean", "small")
+    assert sorted(decoded) == list(range(56))
+    apart = made(tmp_path / "b", "mean") | made(tmp_path / "b", "small")
+    assert len(together) == 4 and together == apart
+    (lost, *_) = (tmp_path / "a/small").glob("heldout*.tar")
+    for path in (lost, index_path(lost)):
+        path.unlink()
+    del decoded[:]
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.tar")}
+    assert made(tmp_path / "a", "mean", "small") == apart and len(decoded) == 16
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
 
 
 def test_shares_are_even_by_clips_and_leave_nothing_out():

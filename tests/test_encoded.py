@@ -6,7 +6,7 @@ from conftest import CLIP
 from test_stages import stage
 
 from data.datasets import ClipDataset, Stream, collate
-from data.encoded import check_fingerprint, encode_shards
+from data.encoded import Encoding, check_fingerprint, encode_shards
 from data.shards import Shards
 from lightning_semgen.errors import UserError
 from lightning_semgen.stages import LatentStage, SemanticStage
@@ -30,10 +30,14 @@ def text_encoder(tmp_path_factory) -> str:
     return str(folder)
 
 
+def encoding(made, folder) -> Encoding:
+    return Encoding(folder, made.fingerprint(), made.encoded_parts)
+
+
 def batches(made, shards, folder):
     """The same four training samples from video shards and from those that a stage makes of them."""
     clips = ClipDataset(Shards(str(shards / "shards/toy/heldout-*.tar")), CLIP)
-    encode_shards(clips, folder, made.fingerprint(), made.encoded_parts, collate, batch_size=3, workers=0)
+    encode_shards(clips, [encoding(made, folder)], collate, batch_size=3, workers=0)
     for dataset in (clips, ClipDataset(Shards(str(folder / "*.tar")), CLIP)):
         stream = Stream(dataset, seed=0, open_shards=1)
         yield collate([stream[position] for position in range(4)])
@@ -102,9 +106,7 @@ def test_a_learnt_text_encoder_reads_captions(shards, tmp_path, text_encoder):
     learnt = stage(SemanticStage)
     check_fingerprint(tmp_path / "enc", learnt.fingerprint())
     learnt.training_step(encoded, 0)
-    encode_shards(
-        ClipDataset(Shards(str(shards / "shards/toy/heldout-*.tar")), CLIP), tmp_path / "other", learnt.fingerprint(),
-        learnt.encoded_parts, collate, batch_size=16, workers=0,
-    )  # fmt: skip
+    clips = ClipDataset(Shards(str(shards / "shards/toy/heldout-*.tar")), CLIP)
+    encode_shards(clips, [encoding(learnt, tmp_path / "other")], collate, batch_size=16, workers=0)
     with pytest.raises(UserError, match=f"made with text_encoder None, the config says '{text_encoder}'"):
         check_fingerprint(tmp_path / "other", made.fingerprint())
