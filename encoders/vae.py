@@ -1,7 +1,6 @@
 """Frozen video VAEs behind one interface, diffusers' own, and the VAE as a semantic encoder (the paper's baseline)."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,13 +11,20 @@ from torch import Tensor
 from encoders.base import Frozen, FrozenEncoder, pooled_seconds
 from encoders.taef2 import TAEF2
 from encoders.toy_vae import ToyVideoVAE
+from encoders.wan_vae import WanVAE
 from lightning_semgen.errors import UserError
 
 TOY = Path(__file__).parent / "weights/toy_vae"
-VAES = {  # how each is loaded from a folder, and which by default
-    "toy": (partial(ToyVideoVAE.from_pretrained, torch_dtype=torch.float32, low_cpu_mem_usage=False), TOY),
-    "taef2": (TAEF2.from_pretrained, None),
-}
+
+
+def load_toy(weights: str | None) -> ToyVideoVAE:
+    """From a folder; the embedded one without."""
+    if weights is not None and not Path(weights).is_dir():
+        raise UserError(f"There is no folder {weights}, from which the VAE toy is to be loaded.")
+    return ToyVideoVAE.from_pretrained(weights or TOY, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+
+
+VAES = {"toy": load_toy, "taef2": TAEF2.from_pretrained, "wan": WanVAE.load}  # each from weights, or its own
 
 
 class FrozenVAE(Frozen):
@@ -83,13 +89,10 @@ class FrozenVAE(Frozen):
 
 
 def build_vae(name: str, weights: str | None = None) -> FrozenVAE:
-    """The VAE of that name, frozen, from a folder of weights or its own; an unknown one is a UserError."""
+    """The VAE of that name, frozen, from those weights or its own; an unknown one is a UserError."""
     if name not in VAES:
         raise UserError(f"There is no VAE {name!r}; known VAEs: {', '.join(VAES)}.")
-    if weights is not None and not Path(weights).is_dir():
-        raise UserError(f"There is no folder {weights}, from which the VAE {name} is to be loaded.")
-    load, own = VAES[name]
-    return FrozenVAE(load(weights or own)).freeze()
+    return FrozenVAE(VAES[name](weights)).freeze()
 
 
 class VAEEncoder(FrozenEncoder):

@@ -97,6 +97,15 @@ def test_a_latent_stage_takes_a_vae_that_keeps_time():
     assert torch.cat(chunks, dim=1).shape == frames.shape
 
 
+@needs_weights
+def test_a_published_wan_latent_is_normalised_as_ours_are():
+    latents = torch.load(WEIGHTS / "test_latents_wan.pth", weights_only=True).float()
+    vae = build_vae("wan", "random")  # the statistics are the config's
+    assert latents.shape[:2] == (1, vae.channels) and 0.8 < latents.std() < 1.2
+    assert ((latents - vae.mean) / vae.std).std() < 0.7  # normalised once is enough
+    assert (latents * vae.std + vae.mean).std() > 1.5
+
+
 def test_missing_weights_and_frames_that_are_no_whole_tokens(tmp_path):
     with pytest.raises(UserError, match="madebyollin/taesd"):
         build_vae("taef2")
