@@ -147,29 +147,28 @@ def open_checkpoint(
         subfolder: where a pipeline of diffusers keeps them; they may lie in the folder itself.
     """
     path, hub_id, folder = Path(weights), "HUB_ID", ""
+    include = f" --include '{subfolder}/*'" if subfolder else ""
+    command = download or f"`hf download {weights}{include}`"
     if not path.exists():
-        path, hub_id = _cached(weights, download), weights
-    if subfolder and not (path / "config.json").is_file():
-        download = download or f"`hf download {weights} --include '{subfolder}/*'`"
-        path, folder = (path / subfolder, f"{subfolder}/") if (path / subfolder).is_dir() else (path, "")
+        if download is None and (weights.count("/") != 1 or weights.endswith(SUFFIXES)):
+            raise UserError(f"There are no weights at {weights}: that is neither a file or folder nor a hub id.")
+        path, hub_id = _cached(weights, command), weights
+    if subfolder and (path / subfolder).is_dir() and not (path / "config.json").is_file():
+        path, folder = path / subfolder, f"{subfolder}/"
     if path.is_dir():
-        path = _file_in(path, file, download or f"`hf download {weights}`")
+        path = _file_in(path, file, command)
     if not path.name.endswith(INDEX) and path.suffix not in SUFFIXES:
         raise UserError(f"{path} is no weights file: its name must end in {', '.join(SUFFIXES)}.")
     return Checkpoint(path, (hub_id, folder))
 
 
-def _cached(hub_id: str, download: str | None) -> Path:
+def _cached(hub_id: str, download: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
-        if download is None and (hub_id.count("/") != 1 or hub_id.endswith(SUFFIXES)):
-            raise UserError(
-                f"There are no weights at {hub_id}: that is neither a file or folder nor a hub id."
-            ) from error
         raise MissingWeights(
-            f"The weights {hub_id} are not here: fetch them with {download or f'`hf download {hub_id}`'}, or give the"
-            " folder or file that has them as `weights`."
+            f"The weights {hub_id} are not here: fetch them with {download}, or give the folder or file that has them"
+            " as `weights`."
         ) from error
 
 

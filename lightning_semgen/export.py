@@ -32,10 +32,12 @@ def export_run(run: str, folder: str, max_shard_size: str = "5GB") -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     for name, network in exported_parts(stage).items():
-        filename = "diffusion_pytorch_model" if name == "transformer" else "model"
+        pattern = (
+            "diffusion_pytorch_model{suffix}.safetensors" if name == "transformer" else "model{suffix}.safetensors"
+        )
         (partial / name).mkdir(parents=True)
-        state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
-        save_torch_state_dict(state, partial / name, f"{filename}{{suffix}}.safetensors", max_shard_size=max_shard_size)
+        options = {"filename_pattern": pattern, "max_shard_size": max_shard_size}
+        save_torch_state_dict(network.state_dict(), partial / name, **options)
     (partial / "transformer/config.json").write_text(json.dumps(transformer_config(stage), indent=1))
     shutil.copy(Path(run) / CONFIG, partial)
     partial.replace(target)
