@@ -58,7 +58,8 @@ class FrozenTextEncoder(Frozen):
         parts = ("tokenizer", "text_encoder") if in_pipeline(name) else ("", "")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name, subfolder=parts[0])
-            self.model = AutoModelForTextEncoding.from_pretrained(name, subfolder=parts[1])
+            with torch.device("cpu"):  # also where the rest of a stage is built on meta
+                self.model = AutoModelForTextEncoding.from_pretrained(name, subfolder=parts[1])
         except (OSError, ValueError) as error:
             raise UserError(
                 f"The text encoder {name!r} is neither 'bytes' nor a folder nor a model at hand; fetch it with"
