@@ -45,7 +45,7 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> 
     return torch.cat(angles, dim=1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the interleaved pairs of x (B, N, heads, head_dim) by angles given as cos, sin (N, 1, head_dim / 2)."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turns the interleaved pairs of x (B, N, heads, head_dim) by unit complex numbers (N, 1, head_dim / 2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)

@@ -59,10 +59,10 @@ class Semantics:
 
 @dataclass(frozen=True)
 class Layout:
-    """What self-attention knows of N tokens: windows, and in their order cos and sin (N, 1, head_dim / 2)."""
+    """What self-attention knows of N tokens: windows, and in their order rotary turns (N, 1, head_dim / 2), complex."""
 
     windows: Windows
-    rotary: tuple[Tensor, Tensor]
+    turns: Tensor
 
 
 @lru_cache(maxsize=16)
@@ -73,16 +73,17 @@ def layouts(
     """The layouts of even and of odd layers; the first grid is the reference of the rotary positions."""
     positions = torch.cat([rotary_positions(grid, grids[0], rate) for grid in grids])
     angles = rotary_angles(positions, head_dim)[None, :, None]
-    rotary = angles.cos().float().to(device), angles.sin().float().to(device)
+    turns = torch.polar(torch.ones_like(angles), angles).to(device, torch.complex64)
     both = (windows_of(grids, window_seconds, shifted, device) for shifted in (False, True))
-    return tuple(Layout(windows, tuple(windows.gather(x)[0] for x in rotary)) for windows in both)
+    return tuple(Layout(windows, windows.gather(turns)[0]) for windows in both)
 
 
 def per_kind(function: Callable[..., Tensor], sizes: list[int], *tensors: Tensor) -> Tensor:
     """Concatenates function(index of the kind, its tokens of each tensor) over the kinds of token."""
+    if len(sizes) == 1:
+        return function(0, *tensors)  # split and cat would copy, forward and backward
     parts = zip(*(x.split(sizes, dim=1) for x in tensors), strict=True)
-    outputs = [function(kind, *part) for kind, part in enumerate(parts)]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return torch.cat([function(kind, *part) for kind, part in enumerate(parts)], dim=1)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -107,7 +108,7 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, self.to_v(context)))  # (B, N, heads, head_dim)
         if layout is None:
             return self.to_out[0](attention(q, k, v).flatten(2))
-        q, k = rotate(q, *layout.rotary), rotate(k, *layout.rotary)
+        q, k = rotate(q, layout.turns), rotate(k, layout.turns)
         return self.to_out[0](attention(q, k, v, layout.windows.groups).flatten(2))
 
 
