@@ -26,6 +26,7 @@ from data.encoded import Encoding, encode_shards
 from data.order import SampleOrder
 from data.shards import Shards, write_shard
 from data.toy import toy_clip
+from data.workers import settle
 from encoders import build_encoder
 from encoders.vae import build_vae
 
@@ -165,7 +166,7 @@ def memory(folder: Path, count: int) -> None:
     samples = [{"__key__": key, "mp4": mp4, "json": info} for key, mp4, info in rows]
     write_shard(folder / "memory.tar", [*samples, {"__key__": "film", "mp4": film(60), "json": {"caption": "a"}}])
     stream = Stream(ClipDataset(Shards(str(folder / "memory.tar")), TOY), seed=0, open_shards=1)
-    worker = DataLoader(Peaks(stream), batch_size=None, sampler=range(count), num_workers=1)
+    worker = DataLoader(Peaks(stream), batch_size=None, sampler=range(count), num_workers=1, worker_init_fn=settle)
     peaks = list(tqdm(worker, desc="memory", total=count, leave=False))
     line(f"a worker's peak memory: after {count:,} samples over after a tenth", f"{peaks[-1] / peaks[count // 10]:.3f}")
 

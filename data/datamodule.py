@@ -19,6 +19,7 @@ from data.encoded import Encoding, all_ranks_finish, check_fingerprint, encode_s
 from data.order import PositionBatches
 from data.shards import MAX_MEMBER_MB, Shards, index_path, write_shard
 from data.toy import toy_clip
+from data.workers import settle
 from lightning_semgen.errors import UserError
 
 TOY_SHARD, TOY_HELDOUT = 256, 192  # clips in a shard of the toy world; 192 = 12 of each held-out composition
@@ -193,7 +194,8 @@ class VideoDataModule(LightningDataModule):
         return self._loader(rows, batch_size=self.batch_size, sampler=self._share(rows))
 
     def _loader(self, dataset: Dataset, **options) -> DataLoader:
-        return DataLoader(dataset, collate_fn=collate, num_workers=self.num_workers, **options)
+        workers = {"num_workers": self.num_workers, "worker_init_fn": settle}
+        return DataLoader(dataset, collate_fn=collate, **workers, **options)
 
     def _even_share(self, dataset: Dataset) -> range:
         """Without what does not divide by the ranks: they meet at every validation batch, and none must wait."""

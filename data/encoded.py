@@ -21,6 +21,7 @@ from data.clip import Clip
 from data.decode import Rejected
 from data.shards import Shards, index_path, shard_writer, write_atomically
 from data.tally import Tally
+from data.workers import settle
 from lightning_semgen.errors import UserError
 
 PARTS = ("features", "moments", "latents", "text")
@@ -113,7 +114,8 @@ def encode_shards(
     with tqdm(total=total, desc=f"encoding into {folders}", unit="clip", disable=rank != 0 or not total) as progress:
         for shard in todo:
             part = Subset(Sifted(clips), range(ends[shard] - sizes[shard], ends[shard]))
-            loader = DataLoader(part, batch_size, num_workers=workers, collate_fn=partial(_sift, collate))
+            settled = {"num_workers": workers, "worker_init_fn": settle}
+            loader = DataLoader(part, batch_size, collate_fn=partial(_sift, collate), **settled)
             wanted = [(e, paths[shard]) for e, paths in zip(encodings, missing, strict=True) if shard in paths]
             _write(_good(loader, progress, tally, max_bad_share), wanted)
 
