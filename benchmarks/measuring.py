@@ -49,7 +49,9 @@ def peak_memory(function: Callable[[], object], device: str) -> int:
         os.waitpid(child, 0)
         return int(answer)
     try:
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL)  # freed tensors go back to the system at once
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)  # what earlier functions freed, this one is not to have for nothing
+        libc.mallopt(M_MMAP_THRESHOLD, SMALL)  # freed tensors go back to the system at once
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         function()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

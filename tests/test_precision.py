@@ -41,3 +41,13 @@ def test_noise_does_not_follow_the_default_precision():
         assert torch.equal(keyed.uniform(keys, "time"), uniform)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["dim8", "baseline_ct_swin"])
+def test_a_fit_with_compiled_and_checkpointed_blocks(config, workspace, lightning):
+    options = ("--model.compile_blocks=true", "--model.checkpoint_blocks=true", "--trainer.precision=bf16-mixed")
+    lightning("fit", "-c", f"{CONFIGS}/{config}.yaml", *options, *STEP)
+    state = load_checkpoint(f"runs/{config}")["state_dict"]
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert not any("_orig_mod" in name for name in state)
