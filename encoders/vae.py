@@ -1,5 +1,6 @@
 """Frozen video VAEs behind one interface, diffusers' own, and the VAE as a semantic encoder (the paper's baseline)."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,11 @@ VAES = {  # how each is loaded from a folder, and which by default
 
 
 class FrozenVAE(Frozen):
-    """Frames to normalised latents and back, through any diffusers video VAE whose first latent is one frame.
+    """Frames to normalised latents and back, in chunks of time; the first latent is one frame.
+
+    The model has the config of diffusers' video VAEs and goes from chunk to chunk: `encode_chunk(video, past)` and
+    `decode_chunk(latents, past)` give what becomes of a chunk (B, C, T, H, W) and the past of the next one, which is
+    None at first; `chunk` is how many latents one has.
 
     Attributes:
         channels: C of the latents.
@@ -51,14 +56,30 @@ class FrozenVAE(Frozen):
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 frames (B, T, 3, H, W) to latents (B, C, T_z, H_z, W_z) of about unit variance."""
-        video = frames.to(self.mean.dtype).transpose(1, 2).div_(127.5).sub_(1)  # in place: 60 s at 480p are 7 GB
-        return (self.model.encode(video).latent_dist.mode() - self.mean) / self.std
+        past, latents, step = None, [], self.time_stride * self.model.chunk
+        for start in range(1 - self.time_stride, frames.shape[1], step):  # one frame in place of the first stride
+            chunk = frames[:, max(start, 0) : start + step]
+            video = chunk.to(self.mean.dtype).transpose(1, 2).div_(127.5).sub_(1)
+            with self._own_precision():
+                made, past = self.model.encode_chunk(video, past)
+            latents.append((made - self.mean) / self.std)
+        return torch.cat(latents, dim=2)
 
     @torch.no_grad()
+    def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
+        """Latents (B, C, T_z, H_z, W_z) to uint8 frames (B, t, 3, H, W), one chunk of T after another."""
+        past = None
+        for chunk in latents.split(self.model.chunk, dim=2):
+            with self._own_precision():
+                video, past = self.model.decode_chunk(chunk * self.std + self.mean, past)
+            yield ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).transpose(1, 2)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, T_z, H_z, W_z) to uint8 frames (B, T, 3, H, W)."""
-        video = self.model.decode(latents * self.std + self.mean).sample
-        return ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).transpose(1, 2)
+        return torch.cat(list(self.decode_chunks(latents)), dim=1)
+
+    def _own_precision(self) -> torch.autocast:
+        return torch.autocast(self.mean.device.type, enabled=False)  # the trainer's would move the latents
 
 
 def build_vae(name: str, weights: str | None = None) -> FrozenVAE:

@@ -61,6 +61,20 @@ def test_vae_round_trip_and_normalisation(frames):
         vae.grid(48, 48, 48)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 16])
+def test_a_vae_makes_of_chunks_what_it_makes_of_the_whole(frames, chunk, monkeypatch):
+    vae = build_vae("toy")
+    pixels = frames.transpose(1, 2) / 127.5 - 1
+    whole = vae.model.encode(pixels).latent_dist.mode()
+    monkeypatch.setattr(vae.model, "chunk", chunk)
+    latents = vae.encode(frames)
+    torch.testing.assert_close(latents * vae.std + vae.mean, whole, atol=1e-5, rtol=1e-5)
+    chunks = list(vae.decode_chunks(latents))
+    assert len(chunks) == -(-13 // chunk) and chunks[0].shape[1] == min(4 * chunk, 52) - 3
+    shown = ((vae.model.decode(whole).sample.transpose(1, 2) + 1) * 127.5).clamp(0, 255)
+    assert (torch.cat(chunks, dim=1) - shown).abs().max() < 0.51  # half a step of uint8
+
+
 def test_vae_features_are_pooled_latents(frames):
     encoder = build_encoder("vae", semantic_grid=(13, 6, 6))
     torch.testing.assert_close(encoder(frames), build_vae("toy").encode(frames).permute(0, 2, 3, 4, 1))

@@ -90,7 +90,11 @@ def test_a_latent_stage_takes_a_vae_that_keeps_time():
     frames = torch.randint(256, (2, 18, 3, 32, 32), dtype=torch.uint8)
     latents = made.latents({"frames": frames})
     torch.testing.assert_close(made.latents({"frames": frames[1:, 5:6]})[0, :, 0], latents[1, :, 5])
-    assert made.vae.decode(latents).shape == frames.shape
+    made.vae.model.chunk = 4
+    torch.testing.assert_close(made.latents({"frames": frames}), latents)
+    chunks = list(made.vae.decode_chunks(latents))
+    assert [part.shape[1] for part in chunks] == [4, 4, 4, 4, 2]
+    assert torch.cat(chunks, dim=1).shape == frames.shape
 
 
 def test_missing_weights_and_frames_that_are_no_whole_tokens(tmp_path):
