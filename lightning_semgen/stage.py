@@ -113,11 +113,17 @@ class Stage(LightningModule):
         self._text = (build_text_encoder(text_encoder),)  # tuples hide what is frozen from the module tree
         self.text_encoder = text_encoder
 
-    def build_generator(self, channels: int, patch: tuple[int, int, int], semantic_dim: int | None) -> None:
+    def build_generator(
+        self,
+        channels: int,
+        patch: tuple[int, int, int],
+        semantic_dim: int | None = None,
+        window_seconds: float | None = None,
+    ) -> None:
         """Makes the generator of things with that many channels, and its EMA twin."""
         text = self.text
         rotary_rate = self.rotary_rate or self.clip.fps / self.time_stride
-        transformer = VideoTransformer(channels, text.dim, self.size, patch, semantic_dim, rotary_rate)
+        transformer = VideoTransformer(channels, text.dim, self.size, patch, semantic_dim, rotary_rate, window_seconds)
         self.generator = GeneratorNetwork(text if text.learnt else nn.Identity(), transformer)
         self.ema = deepcopy(self.generator).requires_grad_(False)
 

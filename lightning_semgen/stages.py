@@ -28,7 +28,7 @@ class SemanticStage(Stage):
         self.partner_run = latent_run or self.space.run
         self.seconds = self.space.grid.seconds
         self.shift = flow.dimension_shift(len(self.space.grid) * self.space.channels)
-        self.build_generator(self.space.channels, patch=(1, 1, 1), semantic_dim=None)
+        self.build_generator(self.space.channels, patch=(1, 1, 1))
         if self.learns_compressor and self.space.compressor.dim is not None:
             self.feature_decoder = FeatureDecoder(self.space.channels, self.space.encoder.dim)
 
@@ -79,6 +79,7 @@ class LatentStage(Stage):
         vae: a row of `encoders.vae.VAES`.
         vae_weights: folder of its weights; null: its own, where they are embedded.
         semantic_run: run of the semantic stage that turns prompts into semantics; null: the run of the compressor.
+        window_seconds: T_w of self-attention's windows, for clips that are longer; null: every token attends to all.
         shift: of the flow's times towards noise.
         semantic_noise: training noises semantics to a time τ drawn evenly from 0 to this.
         sampling_semantic_noise: the fixed τ at sampling.
@@ -93,6 +94,7 @@ class LatentStage(Stage):
         vae: str = "toy",
         vae_weights: str | None = None,
         semantic_run: str | None = None,
+        window_seconds: float | None = 5.0,
         shift: float = 1.0,
         semantic_noise: float = 0.3,
         sampling_semantic_noise: float = 0.05,
@@ -103,6 +105,8 @@ class LatentStage(Stage):
         super().__init__(**options)
         if semantic_guidance_scale != 1 and not semantic_dropout:
             raise UserError("model.semantic_guidance_scale needs a model trained with model.semantic_dropout > 0.")
+        if window_seconds is not None and not window_seconds > 0:
+            raise UserError(f"model.window_seconds is {window_seconds}: give seconds > 0, or null for full attention.")
         self._vae, self.vae_name = (build_vae(vae, vae_weights),), vae
         self.time_stride = self.vae.time_stride
         self.partner_run = semantic_run or (self.space.run if self.space is not None else None)
@@ -116,7 +120,8 @@ class LatentStage(Stage):
                 f"Frames of {clip.height}×{clip.width} do not divide into the transformer's tokens: with this VAE"
                 f" data.height and width must be multiples of {2 * self.vae.space_stride}."
             )
-        self.build_generator(self.vae.channels, patch, None if self.space is None else self.space.channels)
+        semantic_dim = None if self.space is None else self.space.channels
+        self.build_generator(self.vae.channels, patch, semantic_dim, window_seconds)
 
     @property
     def vae(self):

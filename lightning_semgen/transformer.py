@@ -5,6 +5,7 @@ tokens the network is Wan's. B batch, N tokens, C channels of the generated thin
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_semgen.errors import UserError
 from lightning_semgen.positions import Grid, rotary_angles, rotary_positions, rotate
+from lightning_semgen.windows import Windows, attention, windows_of
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,27 @@ class Semantics:
     grid: Grid
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What self-attention knows of N tokens: windows, and in their order cos and sin (N, 1, head_dim / 2)."""
+
+    windows: Windows
+    rotary: tuple[Tensor, Tensor]
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what validation makes first, training needs too
+def layouts(
+    grids: tuple[Grid, ...], rate: float, head_dim: int, window_seconds: float | None, device: torch.device
+) -> tuple[Layout, Layout]:
+    """The layouts of even and of odd layers; the first grid is the reference of the rotary positions."""
+    positions = torch.cat([rotary_positions(grid, grids[0], rate) for grid in grids])
+    angles = rotary_angles(positions, head_dim)[None, :, None]
+    rotary = angles.cos().float().to(device), angles.sin().float().to(device)
+    both = (windows_of(grids, window_seconds, shifted, device) for shifted in (False, True))
+    return tuple(Layout(windows, tuple(windows.gather(x)[0] for x in rotary)) for windows in both)
+
+
 def per_kind(parts: list[Tensor], function) -> Tensor:
     """Concatenates function(tokens of a kind, index of the kind) over the kinds of token."""
     return torch.cat([function(part, kind) for kind, part in enumerate(parts)], dim=1)
@@ -68,13 +91,13 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
 
-    def forward(self, x: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, layout: Layout | None = None) -> Tensor:
         q, k = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context))
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, self.to_v(context)))  # (B, N, heads, head_dim)
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        y = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)))
-        return self.to_out[0](y.transpose(1, 2).flatten(2))
+        if layout is None:
+            return self.to_out[0](attention(q, k, v).flatten(2))
+        q, k = rotate(q, *layout.rotary), rotate(k, *layout.rotary)
+        return self.to_out[0](attention(q, k, v, layout.windows.groups).flatten(2))
 
 
 class Block(nn.Module):
@@ -90,9 +113,7 @@ class Block(nn.Module):
         self.ffn = FeedForward(size.dim, inner_dim=size.ffn_dim, activation_fn="gelu-approximate")
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, size.dim) / size.dim**0.5)
 
-    def forward(
-        self, x: Tensor, text: Tensor, times: list[Tensor], sizes: list[int], rotary: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, times: list[Tensor], sizes: list[int], layout: Layout) -> Tensor:
         # times: one (B, 6, dim) a kind; sizes: how many of the N tokens are of it
         table = [(self.scale_shift_table + t.float()).chunk(6, dim=1) for t in times]
 
@@ -105,8 +126,8 @@ class Block(nn.Module):
         def gate(y: Tensor, index: int) -> Tensor:
             return per_kind(y.split(sizes, dim=1), lambda part, k: part.float() * table[k][index])
 
-        h = modulate(self.norm1, 0)
-        x = (x.float() + gate(self.attn1(h, h, rotary), 2)).type_as(x)
+        h = layout.windows.gather(modulate(self.norm1, 0))
+        x = (x.float() + gate(layout.windows.restore(self.attn1(h, h, layout)), 2)).type_as(x)
         x = x + self.attn2(self.norm2(x.float()).type_as(x), text)
         return (x.float() + gate(self.ffn(modulate(self.norm3, 3)), 5)).type_as(x)
 
@@ -138,6 +159,7 @@ class VideoTransformer(nn.Module):
         patch: cells of z in one token, along T, H and W.
         semantic_dim: d of semantic tokens in context; None: the network takes none.
         rotary_rate: rotary positions per second.
+        window_seconds: T_w of self-attention's windows; None: every token attends to all.
     """
 
     def __init__(
@@ -148,10 +170,11 @@ class VideoTransformer(nn.Module):
         patch: tuple[int, int, int] = (1, 2, 2),
         semantic_dim: int | None = None,
         rotary_rate: float = 6.0,
+        window_seconds: float | None = None,
         freq_dim: int = 256,
     ):
         super().__init__()
-        self.size, self.patch, self.rotary_rate = size, patch, rotary_rate
+        self.size, self.patch, self.rotary_rate, self.window_seconds = size, patch, rotary_rate, window_seconds
         self.patch_embedding = nn.Conv3d(channels, size.dim, kernel_size=patch, stride=patch)
         self.condition_embedder = ConditionEmbedder(size.dim, text_dim, freq_dim)
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
@@ -185,15 +208,11 @@ class VideoTransformer(nn.Module):
             grids.append(semantics.grid)
             times.append(self.condition_embedder.time(semantics.tau)[1])
         text = self.condition_embedder.text_embedder(text)
-        rotary, sizes = self._rotary(grids, x.device), [len(g) for g in grids]
-        for block in self.blocks:
-            x = block(x, text, times, sizes, rotary)
+        head_dim, sizes = self.size.dim // self.size.heads, [len(g) for g in grids]
+        even_odd = layouts(tuple(grids), self.rotary_rate, head_dim, self.window_seconds, x.device)
+        for index, block in enumerate(self.blocks):
+            x = block(x, text, times, sizes, even_odd[index % 2])
         return self._output(x[:, : len(grid)], embedding, grid)
-
-    def _rotary(self, grids: list[Grid], device: torch.device) -> tuple[Tensor, Tensor]:
-        positions = torch.cat([rotary_positions(g, grids[0], self.rotary_rate) for g in grids])
-        angles = rotary_angles(positions, self.size.dim // self.size.heads)[:, None]  # (N, 1, head_dim / 2)
-        return angles.cos().float().to(device), angles.sin().float().to(device)
 
     def _output(self, x: Tensor, embedding: Tensor, grid: Grid) -> Tensor:
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).chunk(2, dim=1)
