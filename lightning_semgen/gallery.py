@@ -76,9 +76,7 @@ def pictures(stage: Stage, batch: dict) -> dict[str, Columns]:
     clips = originals(latent, batch)
     shown = {}
     if latent is not None:
-        made = {
-            f"on {name}": glimpses(latent.render(batch["caption"], batch["key"], z)) for name, z in z_sem.items()
-        }
+        made = {f"on {name}": glimpses(latent.render(batch["caption"], batch["key"], z)) for name, z in z_sem.items()}
         shown["videos"] = clips | made
     if stage.space is not None:
         colours = pca_colours(torch.stack(list(z_sem.values())))  # one projection, so that colours compare

@@ -53,8 +53,8 @@ class ChannelStatistics(Metric):
 class Adherence(Metric):
     """Whether toy videos show what their prompts say, as the checker reads it.
 
-    "colour", "shape" and "direction" are means over videos of the share of scenes in which that is right; of videos with
-    several scenes, "scenes in order" is the share with exactly the prompt's scenes, every direction right.
+    "colour", "shape" and "direction" are means over videos of the share of scenes in which that is right; of videos
+    with several scenes, "scenes in order" is the share with exactly the prompt's scenes, every direction right.
     """
 
     attributes = ("colour", "shape", "direction")
@@ -100,9 +100,7 @@ def directions_of(info: dict) -> list[str]:
 def shares_right(found: Sequence[Reading], wanted: Sequence[Reading]) -> list[float]:
     """For each attribute the share of the wanted scenes that have it right in their place."""
     pairs = list(zip(found, wanted, strict=False))
-    return [
-        sum(getattr(a, name) == getattr(b, name) for a, b in pairs) / len(wanted) for name in Adherence.attributes
-    ]
+    return [sum(getattr(a, name) == getattr(b, name) for a, b in pairs) / len(wanted) for name in Adherence.attributes]
 
 
 def wilson_lower(share: float, n: float, confidence: float = 0.95) -> float:

@@ -46,8 +46,8 @@ def test_captions_fit_the_byte_encoder_and_say_the_directions_in_order():
     told = {s: caption(s, rng) for s in stories("train", 4) + stories("heldout", 4)}
     for story, text in told.items():
         assert len(text.encode("ascii")) <= 96
-        words = text.replace(",", " ").replace(":", " ").split()
-        assert [w.removesuffix("wards") for w in words if w.removesuffix("wards") in DIRECTIONS] == list(story.directions)
+        words = [word.removesuffix("wards") for word in text.replace(",", " ").replace(":", " ").split()]
+        assert [word for word in words if word in DIRECTIONS] == list(story.directions)
         assert story.colour in words
     assert len({text.replace(s.colour, "") for s, text in told.items()}) > 1000
 
