@@ -48,7 +48,7 @@ def _encode(chunks: Iterable[Chunk], path: str, fps: float, metadata: dict[str, 
         container.metadata.update(metadata)
         for chunk in chunks:
             for image in _images(chunk):
-                stream = stream or _add_stream(container, image.shape, fps, crf)
+                stream = stream or _add_stream(container, image.shape, fps, crf, growing)
                 if image.shape[:2] != (stream.height, stream.width):
                     raise ValueError(f"A frame is {image.shape[:2]}, not {(stream.height, stream.width)}.")
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
@@ -68,10 +68,12 @@ def _images(chunk: Chunk) -> np.ndarray:
 
 
 def _add_stream(
-    container: av.container.OutputContainer, shape: tuple[int, ...], fps: float, crf: int
+    container: av.container.OutputContainer, shape: tuple[int, ...], fps: float, crf: int, growing: bool
 ) -> av.VideoStream:
     # One thread: with several, the bytes depend on the machine.
     options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
+    if growing:
+        options["bf"] = "0"  # fragments know no edit list, without which B-frames would delay the beginning
     stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
     stream.height, stream.width = shape[:2]
     stream.pix_fmt = "yuv420p"

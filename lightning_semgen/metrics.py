@@ -94,7 +94,7 @@ class Adherence(Metric):
 
 def directions_of(info: dict) -> list[str]:
     """Of every scene of a toy video, in order."""
-    return info.get("directions", [info["direction"]] if "direction" in info else [])
+    return list(info.get("directions", [info["direction"]] if "direction" in info else []))
 
 
 def shares_right(found: Sequence[Reading], wanted: Sequence[Reading]) -> list[float]:

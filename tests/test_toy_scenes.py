@@ -61,8 +61,9 @@ def test_the_sprite_recurs_before_other_backgrounds():
     assert min(abs(np.diff(backgrounds))) > 20
 
 
-def test_checker_reads_every_scene_in_order():
-    clips = [story(index, split) for split in ("train", "heldout") for index in range(60)]
+@pytest.mark.parametrize("count", [16, pytest.param(200, marks=pytest.mark.slow)])
+def test_checker_reads_every_scene_in_order(count):
+    clips = [story(index, split) for split in ("train", "heldout") for index in range(count)]
     right = [read_scenes(decode(mp4)) == scenes_of(info) for _, mp4, info in clips]
     assert np.mean(right) >= 0.99
 
@@ -77,8 +78,8 @@ def test_a_reversed_clip_tells_the_story_backwards():
 @pytest.mark.parametrize("kind", ["uniform", "gaussian", "blurred", "frozen"])
 def test_checker_sees_no_scene_in_noise(kind):
     rng = np.random.default_rng(0)
-    found = [read_scenes(noise(kind, rng)) for _ in range(100)]
-    assert np.mean([all(reading == NOTHING for reading in scenes) for scenes in found]) >= 0.99
+    found = [read_scenes(noise(kind, rng)) for _ in range(50)]
+    assert np.mean([all(reading == NOTHING for reading in scenes) for scenes in found]) == 1
 
 
 def test_adherence_counts_scenes_and_their_order():
