@@ -15,6 +15,7 @@ from lightning_semgen.keyed import key_of
 from lightning_semgen.metrics import Adherence
 from lightning_semgen.runs import load_stage
 from lightning_semgen.stages import LatentStage, SemanticStage
+from lightning_semgen.video import glimpses
 
 
 def batches(shards: str, clip: Clip, count: int, size: int = 32) -> list[dict]:
@@ -26,9 +27,9 @@ def batches(shards: str, clip: Clip, count: int, size: int = 32) -> list[dict]:
 def adherence(latent: LatentStage, clips: list[dict], z_sem: list[Tensor]) -> str:
     metric = Adherence()
     for batch, z in zip(clips, z_sem, strict=True):
-        metric.update(latent.render(batch["caption"], batch["key"], z), batch["info"])
+        metric.update(glimpses(latent.render(batch["caption"], batch["key"], z)), batch["info"])
     shares = metric.compute()
-    return "  ".join(f"{name} {shares[name]:.3f}" for name in Adherence.attributes)
+    return "  ".join(f"{name} {shares[name]:.3f}" for name in Adherence.names if name in shares)
 
 
 @torch.no_grad()

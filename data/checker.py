@@ -1,4 +1,4 @@
-"""Reads from pixels alone which sprite of the toy world a video shows and where it goes."""
+"""Reads from pixels alone which sprite of the toy world a video shows and where it goes, scene by scene."""
 
 from dataclasses import dataclass
 
@@ -16,6 +16,8 @@ _MIN_OVERLAP = 0.35  # IoU with a disc (a bar has 0.51); below, the pixels are n
 _MAX_MISFIT = 0.8  # distance to the nearest shape, where two shapes are 1 or more apart
 _MIN_TRAVEL = 0.04  # of the frame's side, from the first frame to the last
 _MAX_WOBBLE = 0.25  # deviation from a straight steady path, of the travel
+_CUT = 14.0  # of 255: by more than this half of the pixels change at a cut, where a sprite covers less than half
+_MIN_SCENE = 0.04  # of the video; what lies between two cuts closer than this is no scene
 
 # E[z^2] over a shape of unit area, about its centre, in units of a bar's.
 _BAR_MOMENT = (ASPECT - 1 / ASPECT) / 12
@@ -41,6 +43,16 @@ def read_video(frames: np.ndarray | torch.Tensor) -> Reading:
         return Reading(NONE, NONE, NONE)
     shape = _shape(cover[seen], centres[seen], areas[seen])
     return Reading(colour, shape, _direction(np.flatnonzero(seen), centres[seen], cover.shape))
+
+
+def read_scenes(frames: np.ndarray | torch.Tensor) -> list[Reading]:
+    """What each scene of such frames shows, in order; a new scene begins where the background changes."""
+    if isinstance(frames, torch.Tensor):
+        frames = frames.cpu().numpy()
+    grey = frames.astype(np.float32).mean(1)
+    changes = np.median(np.abs(np.diff(grey, axis=0)), axis=(1, 2))
+    scenes = np.split(frames, np.flatnonzero(changes > _CUT) + 1)
+    return [read_video(scene) for scene in scenes if len(scene) >= max(2, _MIN_SCENE * len(frames))]
 
 
 def _subsample(frames: np.ndarray) -> np.ndarray:

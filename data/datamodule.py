@@ -19,6 +19,7 @@ from data.encoded import Encoding, all_ranks_finish, check_fingerprint, encode_s
 from data.order import PositionBatches
 from data.shards import MAX_MEMBER_MB, Shards, index_path, write_shard
 from data.toy import toy_clip
+from data.toy_scenes import toy_story
 from data.workers import settle
 from lightning_semgen.errors import UserError
 
@@ -46,6 +47,7 @@ class VideoDataModule(LightningDataModule):
         max_bad_share: share of the samples seen above which rejected ones stop a fit or an encode.
         open_shards: shards whose samples are mixed with each other; a run reads from that many at a time.
         toy_clips: if > 0, a toy world with that many training clips is rendered where the shards are missing.
+        toy_scenes: scenes of a toy clip, of equal length: 1, or 3 or 4 with one sprite and a cut between two of them.
         prompts: text file with one prompt a line, for predict.
         reference: video, or folder or table of videos, whose semantics (layout and motion) predict generates from; each
             with every prompt of `prompts`, else with its own caption, else with the empty prompt.
@@ -73,6 +75,7 @@ class VideoDataModule(LightningDataModule):
         max_bad_share: ClosedUnitInterval = 0.05,
         open_shards: PositiveInt = 32,
         toy_clips: int = 0,
+        toy_scenes: Literal[1, 3, 4] = 1,
         prompts: str | None = None,
         reference: str | None = None,
         samples_per_prompt: int = 1,
@@ -89,7 +92,8 @@ class VideoDataModule(LightningDataModule):
         self.encoded = None if encoded is None else Path(encoded)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.prompts, self.reference, self.samples_per_prompt = prompts, reference, samples_per_prompt
-        self.toy_clips, self.max_member_mb, self.allow_pipe = toy_clips, max_member_mb, allow_pipe
+        self.toy_clips, self.toy_scenes = toy_clips, toy_scenes
+        self.max_member_mb, self.allow_pipe = max_member_mb, allow_pipe
         self.delivered = 0
 
     # What has to be there before training
@@ -98,8 +102,8 @@ class VideoDataModule(LightningDataModule):
         if self.trainer.state.fn == "predict":
             return
         if self.toy_clips:
-            render_toy_world(self.shards["train"], "train", self.toy_clips, self.clip)
-            render_toy_world(self.shards["val"], "heldout", TOY_HELDOUT, self.clip)
+            render_toy_world(self.shards["train"], "train", self.toy_clips, self.clip, self.toy_scenes)
+            render_toy_world(self.shards["val"], "heldout", TOY_HELDOUT, self.clip, self.toy_scenes)
 
     def setup(self, stage: str) -> None:
         if self.encoded is not None and stage in ("fit", "validate"):
@@ -221,7 +225,7 @@ class VideoDataModule(LightningDataModule):
         self.delivered = state["delivered"]
 
 
-def render_toy_world(pattern: str | list[str], split: str, clips: int, clip: Clip) -> None:
+def render_toy_world(pattern: str | list[str], split: str, clips: int, clip: Clip, scenes: int = 1) -> None:
     """Writes the shards of a split of the toy world that are missing; the `*` of the pattern is their number."""
     if not isinstance(pattern, str) or pattern.count("*") != 1:
         raise UserError(
@@ -229,12 +233,13 @@ def render_toy_world(pattern: str | list[str], split: str, clips: int, clip: Cli
         )
     starts = {Path(pattern.replace("*", f"{n:06d}")): n * TOY_SHARD for n in range(-(-clips // TOY_SHARD))}
     todo = {p: range(s, min(s + TOY_SHARD, clips)) for p, s in starts.items() if not index_path(p).exists()}
+    render = toy_clip if scenes == 1 else partial(toy_story, scenes=scenes)
     size = {"num_frames": clip.num_frames, "height": clip.height, "width": clip.width, "fps": clip.fps}
     bar = tqdm(total=sum(map(len, todo.values())), desc=f"rendering {split} clips", unit="clip", disable=not todo)
     with ProcessPoolExecutor() as pool, bar as progress:
         for path, indices in todo.items():
             write_shard(
-                path, _samples(pool.map(partial(toy_clip, split, seed=0, **size), indices, chunksize=8), progress)
+                path, _samples(pool.map(partial(render, split, seed=0, **size), indices, chunksize=8), progress)
             )
 
 

@@ -20,7 +20,7 @@ ASPECT = 2.5  # of a bar, which lies; a pillar stands
 _LONG, _SHORT = (np.pi * ASPECT) ** 0.5 / 2, (np.pi / ASPECT) ** 0.5 / 2
 _EXTENTS = {"circle": (1.0, 1.0), "bar": (_LONG, _SHORT), "pillar": (_SHORT, _LONG)}
 
-_WORDS = {
+WORDS = {
     "circle": ("circle", "disc", "ball"),
     "bar": ("bar", "plank"),
     "pillar": ("pillar", "column"),
@@ -81,7 +81,7 @@ def compositions(split: str) -> list[Composition]:
 def caption(composition: Composition, rng: np.random.Generator) -> str:
     """All four attributes in one of many wordings: ASCII, at most 80 bytes."""
     values = asdict(composition).items()
-    words = {name: rng.choice(_WORDS.get(value, (value,))) for name, value in values}
+    words = {name: rng.choice(WORDS.get(value, (value,))) for name, value in values}
     return str(rng.choice(_TEMPLATES)).format(**words)
 
 
@@ -94,14 +94,29 @@ def render(
     fps: float = 24.0,
 ) -> np.ndarray:
     """uint8 (T, 3, H, W): a sprite that crosses half the frame in 2 s, or in the whole of a longer clip."""
-    radius = SIZES[composition.size] * min(height, width) * rng.uniform(0.92, 1.08)
-    path = _path(composition, radius, rng, (width, height), np.arange(num_frames) / fps)  # (T, 2)
-    x = np.arange(width, dtype=np.float32) + 0.5 - path[:, None, None, 0]  # (T, 1, W)
-    y = np.arange(height, dtype=np.float32)[:, None] + 0.5 - path[:, None, None, 1]  # (T, H, 1)
-    cover = np.clip(0.5 - _distance(composition.shape, x, y, radius), 0, 1)[:, None]  # (T, 1, H, W)
-    colour = np.float32(COLOURS[composition.colour] + rng.uniform(-12, 12, 3))[:, None, None]
-    background = _background(rng, height, width)
-    return (background + cover * (colour - background) + 0.5).astype(np.uint8)
+    radius = radius_of(composition.size, rng, height, width)
+    where = path(composition.shape, composition.direction, radius, rng, (width, height), np.arange(num_frames) / fps)
+    colour = colour_of(composition.colour, rng)
+    return paint(composition.shape, radius, colour, where, background(rng, height, width))
+
+
+def radius_of(size: str, rng: np.random.Generator, height: int, width: int) -> float:
+    """Pixels: of one of SIZES, give or take 8 %."""
+    return SIZES[size] * min(height, width) * rng.uniform(0.92, 1.08)
+
+
+def colour_of(colour: str, rng: np.random.Generator) -> np.ndarray:
+    """RGB float32 (3,), near one of COLOURS."""
+    return np.float32(COLOURS[colour] + rng.uniform(-12, 12, 3))
+
+
+def paint(shape: str, radius: float, colour: np.ndarray, where: np.ndarray, behind: np.ndarray) -> np.ndarray:
+    """uint8 frames (T, 3, H, W): a sprite whose centres are `where` (T, 2) over what is `behind` it (3, H, W)."""
+    _, height, width = behind.shape
+    x = np.arange(width, dtype=np.float32) + 0.5 - where[:, None, None, 0]  # (T, 1, W)
+    y = np.arange(height, dtype=np.float32)[:, None] + 0.5 - where[:, None, None, 1]  # (T, H, 1)
+    cover = np.clip(0.5 - _distance(shape, x, y, radius), 0, 1)[:, None]  # (T, 1, H, W)
+    return (behind + cover * (colour[:, None, None] - behind) + 0.5).astype(np.uint8)
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
@@ -132,17 +147,18 @@ def toy_clip(
     return f"{split}-{index:06d}", mp4.getvalue(), info
 
 
-def _path(
-    composition: Composition,
+def path(
+    shape: str,
+    direction: str,
     radius: float,
     rng: np.random.Generator,
     frame: tuple[int, int],
     seconds: np.ndarray,
 ) -> np.ndarray:
     """Centres (T, 2) in pixels, x then y, from which the sprite stays inside the frame (width, height)."""
-    low = radius * np.array(_EXTENTS[composition.shape]) + 1.5
+    low = radius * np.array(_EXTENTS[shape]) + 1.5
     room = frame - 2 * low
-    axis, sign = DIRECTIONS[composition.direction]
+    axis, sign = DIRECTIONS[direction]
     travel = np.zeros(2)
     travel[axis] = min(rng.uniform(0.42, 0.56) * frame[axis], room[axis])
     progress = seconds / max(2.0, seconds[-1])
@@ -150,7 +166,7 @@ def _path(
     return np.float32(corner + travel * progress[::sign, None])
 
 
-def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Nearly grey float32 (3, H, W), 0 to 255: far in saturation from every colour of a sprite."""
     angle, phase, waves = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 2)
     y, x = np.mgrid[:height, :width] / min(height, width) - 0.5

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_semgen.generator import GeneratedVideo
 from lightning_semgen.pictures import contact_sheet, evenly, file_name
 from lightning_semgen.stage import Stage, reports
+from lightning_semgen.video import Video, glimpses
 
 SHOWN = 16  # clips of a contact sheet
 REFERENCES, VARIANTS = 8, 3  # of them, and of each in its row, on theirs
@@ -73,9 +74,11 @@ class WriteResults(BasePredictionWriter):
         self.shown: list[tuple[Tensor, str]] = []
 
     def on_test_batch_end(self, trainer, stage, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        write_videos(Path(trainer.default_root_dir) / "test", outputs, batch, stage)
-        room = SHOWN - len(self.shown)
-        self.shown += list(zip(outputs, batch["caption"], strict=True))[:room]
+        videos = outputs["videos"]
+        write_videos(Path(trainer.default_root_dir) / "test", videos, batch, stage)
+        stage.adherence.update(glimpses(videos), batch["info"])
+        rows = zip(videos, batch["caption"][: SHOWN - len(self.shown)], strict=False)
+        self.shown += [(evenly(video.glimpses), prompt) for video, prompt in rows]
 
     def on_test_end(self, trainer: Trainer, stage: Stage) -> None:
         folder = Path(trainer.default_root_dir) / "test"
@@ -103,7 +106,7 @@ class ReferenceSheet(Callback):
         for (name, prompt, seed), frames, video in zip(names, batch["frames"], outputs["videos"], strict=True):
             row = self.rows.setdefault(name, [(evenly(frames), f"reference {name}")])
             if len(row) <= VARIANTS:
-                row.append((evenly(video), f"seed {seed}: {prompt}".rstrip(": ")))
+                row.append((evenly(video.glimpses), f"seed {seed}: {prompt}".rstrip(": ")))
 
     def on_predict_end(self, trainer: Trainer, stage: Stage) -> None:
         if not trainer.is_global_zero or not self.rows:
@@ -117,7 +120,7 @@ class ReferenceSheet(Callback):
         rank_zero_info(f"References beside their variants: {sheet}")
 
 
-def write_videos(folder: Path, videos: Tensor, batch: dict, stage: Stage) -> None:
+def write_videos(folder: Path, videos: list[Video], batch: dict, stage: Stage) -> None:
     """mp4 files that carry prompt and seed."""
     for video, name, prompt, seed in zip(videos, file_names(batch), batch["caption"], batch["seed"], strict=True):
         GeneratedVideo(video, stage.clip.fps, prompt, seed).save(folder / f"{name}.mp4")

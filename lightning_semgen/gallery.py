@@ -9,9 +9,10 @@ from lightning_semgen.board import writers
 from lightning_semgen.errors import UserError
 from lightning_semgen.metrics import Adherence
 from lightning_semgen.pca import pca_colours
-from lightning_semgen.pictures import add_animation, animated_table
+from lightning_semgen.pictures import add_animation, animated_table, evenly
 from lightning_semgen.stage import Stage
 from lightning_semgen.stages import LatentStage, SemanticStage
+from lightning_semgen.video import GLIMPSES, Video, glimpses
 
 COUNTED, SHOWN = 8, 4  # clips of a validation: for which each rank generates, rows of a picture
 ACTIVE = 0.01  # nats per token, below which a channel tells next to nothing
@@ -45,7 +46,7 @@ class Gallery(Callback):
             return
         if stage.adherence.update_called:
             shares = stage.adherence.compute()
-            stage.log_dict({f"adherence/{n}": shares[n] for n in Adherence.attributes if n in shares}, sync_dist=True)
+            stage.log_dict({f"adherence/{n}": shares[n] for n in Adherence.names if n in shares}, sync_dist=True)
             stage.adherence.reset()
         if stage.channel_statistics is not None:
             self.show_channels(trainer, stage, stage.channel_statistics.compute())
@@ -75,7 +76,7 @@ def pictures(stage: Stage, batch: dict) -> dict[str, Columns]:
     clips = originals(latent, batch)
     shown = {}
     if latent is not None:
-        made = {f"on {name}": latent.render(batch["caption"], batch["key"], z) for name, z in z_sem.items()}
+        made = {f"on {name}": glimpses(latent.render(batch["caption"], batch["key"], z)) for name, z in z_sem.items()}
         shown["videos"] = clips | made
     if stage.space is not None:
         colours = pca_colours(torch.stack(list(z_sem.values())))  # one projection, so that colours compare
@@ -107,7 +108,7 @@ def semantics(stage: Stage, semantic: SemanticStage | None, batch: dict) -> dict
 def originals(latent: LatentStage | None, batch: dict) -> Columns:
     """The clips and the VAE's reconstruction of them; encoded shards hold no frames."""
     frames = batch.get("frames", batch.get("semantic_frames"))
-    clips = {} if frames is None else {"video": frames}
+    clips = {} if frames is None else {"video": evenly(frames, min(frames.shape[1], GLIMPSES))}
     if latent is not None and ("latents" in batch or "frames" in batch):
-        clips["VAE reconstruction"] = latent.vae.decode(latent.latents(batch))
+        clips["VAE reconstruction"] = glimpses([Video(z, latent.vae) for z in latent.latents(batch)])
     return clips

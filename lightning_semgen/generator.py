@@ -1,6 +1,7 @@
 """Trained runs as a function from prompts to videos."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,21 +14,28 @@ from data.mp4 import write_mp4
 from lightning_semgen.errors import UserError
 from lightning_semgen.runs import CONFIG, load_stage
 from lightning_semgen.stages import LatentStage
+from lightning_semgen.video import Video
 
 
 @dataclass(frozen=True)
 class GeneratedVideo:
-    """A video and what it was generated from; `frames` are uint8 (T, 3, H, W)."""
+    """A video and what it was generated from."""
 
-    frames: Tensor
+    video: Video
     fps: float
     prompt: str
     seed: int
 
+    @cached_property
+    def frames(self) -> Tensor:
+        """uint8 (T, 3, H, W) on the CPU."""
+        return torch.cat([chunk.cpu() for chunk in self.video])
+
     def save(self, path: str | Path) -> None:
-        """Writes an mp4 that carries prompt and seed."""
+        """Writes an mp4 that carries prompt and seed, chunk by chunk as the video is decoded."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_mp4(self.frames, path, self.fps, {"title": self.prompt, "comment": f"seed={self.seed}"})
+        told = {"title": self.prompt, "comment": f"seed={self.seed}"}
+        write_mp4(self.video, path, self.fps, told, growing=True)
 
 
 class Generator:
@@ -78,5 +86,5 @@ class Generator:
     def _video(self, row: dict) -> GeneratedVideo:
         batch = move_data_to_device(collate([row]), self.stage.device)
         with self._autocast:
-            (frames,) = self.stage.predict_step(batch, 0)["videos"]
-        return GeneratedVideo(frames.cpu(), self.stage.clip.fps, row["caption"], row["seed"])
+            (video,) = self.stage.predict_step(batch, 0)["videos"]
+        return GeneratedVideo(video, self.stage.clip.fps, row["caption"], row["seed"])

@@ -88,7 +88,12 @@ def _filled(page: Image.Image, columns: list[np.ndarray], tile: tuple[int, int])
 
 def evenly(videos: Tensor, frames: int = STRIP) -> Tensor:
     """That many frames of videos (…, T, 3, H, W), the first and the last among them."""
-    return videos[..., torch.linspace(0, videos.shape[-4] - 1, frames).round().long(), :, :, :].cpu()
+    return videos[..., evenly_spaced(videos.shape[-4], frames), :, :, :].cpu()
+
+
+def evenly_spaced(length: int, count: int) -> Tensor:
+    """That many of the indices of so long a thing (count,), the first and the last among them."""
+    return torch.linspace(0, length - 1, count).round().long()
 
 
 def contact_sheet(

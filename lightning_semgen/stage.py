@@ -24,6 +24,7 @@ from lightning_semgen.pretrained import LATENTS_PER_SECOND, load_wan
 from lightning_semgen.runs import LAST, load_stage
 from lightning_semgen.semantics import SemanticSpace
 from lightning_semgen.transformer import Semantics, VideoTransformer, size_of
+from lightning_semgen.video import Video
 
 
 class GeneratorNetwork(nn.Module):
@@ -370,8 +371,8 @@ class Stage(LightningModule):
     def can_make_videos(self) -> bool:
         return self.partner_run is not None and (Path(self.partner_run) / LAST).is_file()
 
-    def videos(self, captions: list[str], keys: Tensor) -> Tensor:
-        """uint8 frames (B, T, 3, H, W) for prompts; row b depends on its prompt and key alone."""
+    def videos(self, captions: list[str], keys: Tensor) -> list[Video]:
+        """Videos for prompts; each depends on its prompt and key alone."""
         raise NotImplementedError
 
     def reference_semantics(self, batch: dict) -> Tensor:
@@ -380,10 +381,8 @@ class Stage(LightningModule):
             raise UserError("A reference is followed through its semantics, and a run with encoder none has none.")
         return self.space(batch)
 
-    def test_step(self, batch: dict, batch_idx: int) -> Tensor:
-        videos = self.videos(batch["caption"], batch["key"])
-        self.adherence.update(videos, batch["info"])
-        return videos
+    def test_step(self, batch: dict, batch_idx: int) -> dict[str, list[Video]]:
+        return {"videos": self.videos(batch["caption"], batch["key"])}
 
     def on_test_epoch_end(self) -> None:
         self.log_dict({f"test/{name}": value for name, value in self.adherence.compute().items()})

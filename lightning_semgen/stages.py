@@ -10,6 +10,7 @@ from lightning_semgen.compressor import FeatureDecoder
 from lightning_semgen.errors import UserError
 from lightning_semgen.stage import Stage
 from lightning_semgen.transformer import Semantics
+from lightning_semgen.video import Video
 
 
 class SemanticStage(Stage):
@@ -63,7 +64,7 @@ class SemanticStage(Stage):
         without = [([""] * len(captions), None, self.guidance_scale)] if self.guidance_scale != 1 else []
         return rearrange(self.sample(shape, captions, keys, None, without), "b d t h w -> b t h w d")
 
-    def videos(self, captions: list[str], keys: Tensor) -> Tensor:
+    def videos(self, captions: list[str], keys: Tensor) -> list[Video]:
         return self.partner.render(captions, keys, self.sample_semantics(captions, keys))
 
     def predict_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
@@ -178,8 +179,8 @@ class LatentStage(Stage):
     def inference_semantics(self, z_sem: Tensor, keys: Tensor) -> Semantics:
         return self.noised(z_sem, keys, z_sem.new_full((len(z_sem),), self.sampling_semantic_noise))
 
-    def render(self, captions: list[str], keys: Tensor, z_sem: Tensor | None) -> Tensor:
-        """uint8 frames (B, T, 3, H, W) for prompts and, unless this is the baseline, semantics (B, T', H', W', d)."""
+    def render(self, captions: list[str], keys: Tensor, z_sem: Tensor | None) -> list[Video]:
+        """Videos for prompts and, unless this is the baseline, semantics (B, T', H', W', d)."""
         semantics, without = None, []
         if self.space is not None:
             semantics = self.inference_semantics(z_sem, keys)
@@ -188,16 +189,17 @@ class LatentStage(Stage):
         if semantics is not None and self.semantic_guidance_scale != 1:
             none = self.noised(z_sem, keys, torch.ones_like(semantics.tau))
             without.append((captions, none, self.semantic_guidance_scale))
-        return self.vae.decode(self.sample(self.latent_shape, captions, keys, semantics, without))
+        latents = self.sample(self.latent_shape, captions, keys, semantics, without)
+        return [Video(z, self.vae) for z in latents]
 
     def can_make_videos(self) -> bool:
         return self.space is None or super().can_make_videos()
 
-    def videos(self, captions: list[str], keys: Tensor) -> Tensor:
+    def videos(self, captions: list[str], keys: Tensor) -> list[Video]:
         z_sem = None if self.space is None else self.partner.sample_semantics(captions, keys)
         return self.render(captions, keys, z_sem)
 
-    def predict_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: dict, batch_idx: int) -> dict[str, list[Video]]:
         captions, keys = batch["caption"], batch["key"]
         if "reference" in batch:
             return {"videos": self.render(captions, keys, self.reference_semantics(batch))}

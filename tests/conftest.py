@@ -16,6 +16,7 @@ from lightning_semgen.cli import main  # noqa: E402
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CLIP = Clip(49, 48, 48, 24.0, 1.6)
+LONG = Clip(241, 48, 48, 4.0, 0.8)  # of configs/long.yaml
 
 
 @pytest.fixture(autouse=True)
@@ -25,18 +26,20 @@ def few_clips_are_measured(monkeypatch):
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
-    """A folder with shards/toy/{train,heldout}-*.tar, few clips, as the configs expect it in the current folder."""
+    """A folder with few clips in shards/{toy,toy_long}/{train,heldout}-*.tar, where the configs expect them."""
     folder = tmp_path_factory.mktemp("world")
-    for split, clips in (("train", 40), ("heldout", 16)):
+    for split, clips, long_clips in (("train", 40, 8), ("heldout", 16, 4)):
         render_toy_world(str(folder / f"shards/toy/{split}-*.tar"), split, clips, CLIP)
+        render_toy_world(str(folder / f"shards/toy_long/{split}-*.tar"), split, long_clips, LONG, scenes=4)
     return folder
 
 
 def see(shards: Path, folder: Path) -> Path:
     """Has a folder see the session's shards."""
-    (folder / "shards/toy").mkdir(parents=True)
-    for path in (shards / "shards/toy").glob("*.tar*"):
-        (folder / "shards/toy" / path.name).symlink_to(path)
+    for path in (shards / "shards").glob("*/*.tar*"):
+        link = folder / path.relative_to(shards)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
     return folder
 
 

@@ -18,6 +18,7 @@ from lightning_semgen.cli import main
 from lightning_semgen.gallery import pictures
 from lightning_semgen.runs import load_stage
 from lightning_semgen.stages import LatentStage
+from lightning_semgen.video import glimpses
 
 FIT = ("--trainer.max_steps=2", "--model.compressor_steps=1", "--trainer.log_every_n_steps=1")
 
@@ -99,8 +100,10 @@ def test_the_same_clips_through_every_part(trained, batch):
     assert list(shown["semantics"])[2:] == ["features", "real semantics", "generated semantics"]
     assert torch.equal(shown["videos"]["video"], batch["frames"])
     assert torch.equal(shown["videos"]["VAE reconstruction"], latent.vae.decode(latent.vae.encode(batch["frames"])))
-    assert torch.equal(shown["videos"]["on generated semantics"], latent.videos(batch["caption"], batch["key"]))
-    real = latent.render(batch["caption"], batch["key"], latent.space(batch))
+    assert torch.equal(
+        shown["videos"]["on generated semantics"], glimpses(latent.videos(batch["caption"], batch["key"]))
+    )
+    real = glimpses(latent.render(batch["caption"], batch["key"], latent.space(batch)))
     assert torch.equal(shown["videos"]["on real semantics"], real)
     assert shown["semantics"]["real semantics"].shape == (4, 2, 3, 3, 3)
 

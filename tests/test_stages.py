@@ -10,6 +10,7 @@ from lightning_semgen.errors import UserError
 from lightning_semgen.keyed import key_of
 from lightning_semgen.learning_rate import factor
 from lightning_semgen.stages import LatentStage, SemanticStage
+from lightning_semgen.video import glimpses
 
 CAPTIONS = ["a small red circle moves left", "a big blue pillar goes up"]
 
@@ -90,11 +91,11 @@ def test_everything_random_belongs_to_the_sample(latent, batch):
 
 def test_the_same_prompt_and_seed_give_the_same_video(semantic, latent):
     keys = torch.tensor([key_of("sample", 1), key_of("sample", 2)])
-    videos = latent.render(CAPTIONS, keys, semantic.sample_semantics(CAPTIONS, keys))
+    videos = glimpses(latent.render(CAPTIONS, keys, semantic.sample_semantics(CAPTIONS, keys)))
     assert videos.shape == (2, 49, 3, 48, 48) and videos.dtype == torch.uint8
-    again = latent.render(CAPTIONS, keys, semantic.sample_semantics(CAPTIONS, keys))
+    again = glimpses(latent.render(CAPTIONS, keys, semantic.sample_semantics(CAPTIONS, keys)))
     assert torch.equal(videos, again)
-    other = latent.render(CAPTIONS, keys + 1, semantic.sample_semantics(CAPTIONS, keys + 1))
+    other = glimpses(latent.render(CAPTIONS, keys + 1, semantic.sample_semantics(CAPTIONS, keys + 1)))
     assert not torch.equal(videos, other)
 
 
@@ -131,7 +132,7 @@ def test_the_one_stage_baseline_needs_no_semantics(batch):
     made = stage(LatentStage, encoder="none")
     assert made.space is None and made.can_make_videos()
     made.training_step(batch, 0).backward()
-    assert made.videos(CAPTIONS, torch.tensor([1, 2])).shape == (2, 49, 3, 48, 48)
+    assert glimpses(made.videos(CAPTIONS, torch.tensor([1, 2]))).shape == (2, 49, 3, 48, 48)
     with pytest.raises(UserError, match="cannot be none"):
         stage(SemanticStage, encoder="none")
 
