@@ -11,7 +11,7 @@ from lightning_semgen.metrics import Adherence
 from lightning_semgen.stage import Stage
 from lightning_semgen.transformer import SIZES
 
-COMPARED = ("train/flow_loss", "val/flow_loss", "val/semantic_gap", *(f"adherence/{n}" for n in Adherence.names))
+COMPARED = ("train/flow_loss", "val/flow_loss", "val/semantic_gap", *(f"adherence/{n}" for n in Adherence.attributes))
 
 
 class RunLogger(TensorBoardLogger):

@@ -18,17 +18,18 @@ class SemanticStage(Stage):
 
     Args:
         latent_run: run of the latent stage that shows the semantics as videos; null: the run of the compressor.
+        shift: of the flow's times towards noise; null: by the number of values of the nominal clip's semantics.
     """
 
     partner_option = "--model.latent_run"
 
-    def __init__(self, latent_run: str | None = None, **options):
+    def __init__(self, latent_run: str | None = None, shift: float | None = None, **options):
         super().__init__(**options)
         if self.space is None:
             raise UserError("SemanticStage generates an encoder's features: model.encoder cannot be none.")
         self.partner_run = latent_run or self.space.run
         self.seconds = self.space.grid.seconds
-        self.shift = flow.dimension_shift(len(self.space.grid) * self.space.channels)
+        self.shift = shift or flow.dimension_shift(len(self.space.grid) * self.space.channels)
         self.build_generator(self.space.channels, patch=(1, 1, 1))
         if self.learns_compressor and self.space.compressor.dim is not None:
             self.feature_decoder = FeatureDecoder(self.space.channels, self.space.encoder.dim)

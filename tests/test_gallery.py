@@ -99,7 +99,8 @@ def test_the_same_clips_through_every_part(trained, batch):
     assert list(shown["videos"]) == ["video", "VAE reconstruction", "on real semantics", "on generated semantics"]
     assert list(shown["semantics"])[2:] == ["features", "real semantics", "generated semantics"]
     assert torch.equal(shown["videos"]["video"], batch["frames"])
-    assert torch.equal(shown["videos"]["VAE reconstruction"], latent.vae.decode(latent.vae.encode(batch["frames"])))
+    whole = latent.vae.decode(latent.vae.encode(batch["frames"]))  # not one by one: kernels round otherwise
+    assert (shown["videos"]["VAE reconstruction"].int() - whole.int()).abs().max() <= 1
     assert torch.equal(
         shown["videos"]["on generated semantics"], glimpses(latent.videos(batch["caption"], batch["key"]))
     )
