@@ -39,7 +39,7 @@ class VideoDataModule(LightningDataModule):
         fps: frames per second that the VAE sees.
         semantic_fps: frames per second that the semantic encoder sees.
         buckets: shapes of training clips, [[height, width, num_frames], …]; each video has the one that fits it best,
-            each batch has one. Validation and generation stay at `height`, `width`, `num_frames`; null: so does training.
+            each batch has one; null: that of `height`, `width` and `num_frames`, which validation and generation have.
         encoded: folder of encoded shards, seen by all nodes; what the frozen parts say of the clips is written there
             once, by the first fit or by `lightning encode`, on every device, and read from there ever after.
         clip_start: where in a longer video a training clip lies: "random", anew each time, or "centre", as all clips of
@@ -178,8 +178,8 @@ class VideoDataModule(LightningDataModule):
     def _refuse_buckets(self, folder: Path) -> None:
         if self.buckets:
             raise UserError(
-                f"The encoded shards in {folder} hold clips of one shape, data.buckets names {len(self.buckets)}: set"
-                " data.encoded to null to train on video shards, or data.buckets to null."
+                f"The encoded shards in {folder} are of one shape, so data.buckets cannot be used with them: train on"
+                " video shards, with data.encoded null, or set data.buckets to null."
             )
 
     def _shards(self, patterns: str | list[str]) -> Shards:

@@ -157,7 +157,7 @@ def test_a_broken_video_is_replaced_by_one_of_its_bucket(tmp_path):
     data, loader = data_of(str(tmp_path / "*.tar"), batch_size=3)
     batches = [next(loader) for _ in range(2)]
     assert {shape for batch in batches for shape in batch["shape"]} == {(25, 48, 80), (25, 80, 48)}
-    assert [key for batch in batches for rejected in batch["rejected"] for key, _ in rejected] == ["train-000000"]
+    assert {key for batch in batches for rejected in batch["rejected"] for key, _ in rejected} == {"train-000000"}
     assert all(len({int(key[-1]) % 2 for key in batch["sample"]}) == 1 for batch in batches)
 
 
@@ -178,6 +178,13 @@ def test_both_stages_train_on_every_shape(cls, packed):
         if cls is LatentStage:
             assert z.shape[1:] == alone.latent_shape and semantics.grid == alone.space.grid
     assert made.generator.transformer.proj_out.weight.grad.isfinite().all()
+
+
+def test_the_shift_follows_the_tokens_of_the_clip():
+    short, long = (Clip(frames, 48, 48, 24.0, 12.0) for frames in (25, 49))  # 6 and 12 steps of 9 tokens
+    made = SemanticStage(clip=long, semantic_dim=None)
+    assert 1 < made.shift_of(short) < made.shift_of(long) == made.shift
+    assert made.shift_of(short) == pytest.approx(made.shift / 2**0.5)
 
 
 def test_a_fit_with_buckets_measures_trains_and_validates(packed, workspace, lightning):
@@ -212,9 +219,9 @@ def test_buckets_of_which_every_video_is_too_short_are_refused(packed):
 
 
 def test_encoded_shards_and_buckets_exclude_each_other(packed, tmp_path):
-    with pytest.raises(UserError, match="data.buckets.*data.encoded"):
+    with pytest.raises(UserError, match="features are of one shape, so data.buckets .* data.encoded null"):
         VideoDataModule(buckets=SHAPES, encoded="shards/toy/features")
     write_shard(tmp_path / "train-0.tar", [{"__key__": "a", "json": {"caption": "a"}}])
     (tmp_path / "fingerprint.json").write_text("{}")
-    with pytest.raises(UserError, match="encoded shards in .* data.buckets"):
+    with pytest.raises(UserError, match="encoded shards in .*data.buckets"):
         data_of(str(tmp_path / "*.tar"))
