@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data.buckets import BucketStream, clips_of, split_into
 from data.choice import Choice
 from data.clip import Clip
 from data.datasets import ClipDataset, FixedClips, Prompts, References, Stream, captions, collate, read_prompts
@@ -38,6 +39,8 @@ class VideoDataModule(LightningDataModule):
         width: likewise.
         fps: frames per second that the VAE sees.
         semantic_fps: frames per second that the semantic encoder sees.
+        buckets: shapes of training clips, [[height, width, num_frames], …]; each video has the one that fits it best,
+            each batch has one; null: that of `height`, `width` and `num_frames`, which validation and generation have.
         encoded: folder of encoded shards, seen by all nodes; what the frozen parts say of the clips is written there
             once, by the first fit or by `lightning encode`, on every device, and read from there ever after.
         clip_start: where in a longer video a training clip lies: "random", anew each time, or "centre", as all clips of
@@ -68,6 +71,7 @@ class VideoDataModule(LightningDataModule):
         width: int = 48,
         fps: float = 24.0,
         semantic_fps: float = 1.6,
+        buckets: list[list[int]] | None = None,
         encoded: str | None = None,
         clip_start: Literal["random", "centre"] = "random",
         min_duration: NonNegativeFloat = 0.0,
@@ -87,6 +91,7 @@ class VideoDataModule(LightningDataModule):
         super().__init__()
         self.shards = {"train": train_shards, "val": val_shards}
         self.clip = Clip(num_frames, height, width, fps, semantic_fps)
+        self.buckets = clips_of(buckets or [], self.clip)
         self.choice = Choice(clip_start, min_duration, min_fps)
         self.max_bad_share, self.open_shards = max_bad_share, open_shards
         self.encoded = None if encoded is None else Path(encoded)
@@ -95,6 +100,8 @@ class VideoDataModule(LightningDataModule):
         self.toy_clips, self.toy_scenes = toy_clips, toy_scenes
         self.max_member_mb, self.allow_pipe = max_member_mb, allow_pipe
         self.delivered = 0
+        if self.encoded is not None:
+            self._refuse_buckets(self.encoded)
 
     # What has to be there before training
 
@@ -108,6 +115,15 @@ class VideoDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         if self.encoded is not None and stage in ("fit", "validate"):
             self.encode()
+        for clip in self.buckets if stage == "fit" else []:
+            self._check(clip)
+
+    def _check(self, bucket: Clip) -> None:
+        try:
+            self.trainer.lightning_module.check_clip(bucket)
+        except UserError as error:
+            shape = [bucket.height, bucket.width, bucket.num_frames]
+            raise UserError(f"data.buckets holds {shape}, which this stage cannot be trained on. {error}") from error
 
     @all_ranks_finish()
     def encode(self, others: Sequence[tuple["VideoDataModule", LightningModule]] = ()) -> None:
@@ -155,12 +171,20 @@ class VideoDataModule(LightningDataModule):
             shards = self._shards([str(path) for path in encoded_paths(shards, self.encoded / split)])
         for folder in {path.parent for path in shards.paths}:
             if (folder / "fingerprint.json").exists():  # encoded shards, whoever named them
+                self._refuse_buckets(folder)
                 check_fingerprint(folder, self.trainer.lightning_module.fingerprint())
         if shards.uncaptioned:
             rank_zero_info(
                 f"{split}: {shards.uncaptioned} samples without a caption are skipped, {len(shards)} are used."
             )
         return ClipDataset(shards, self.clip, self.trainer.lightning_module.needs_video, self.choice)
+
+    def _refuse_buckets(self, folder: Path) -> None:
+        if self.buckets:
+            raise UserError(
+                f"The encoded shards in {folder} are of one shape, so data.buckets cannot be used with them: train on"
+                " video shards, with data.encoded null, or set data.buckets to null."
+            )
 
     def _shards(self, patterns: str | list[str]) -> Shards:
         return Shards(patterns, self.max_member_mb, self.allow_pipe)
@@ -172,7 +196,11 @@ class VideoDataModule(LightningDataModule):
 
     def stream(self, start: Callable[[], int]) -> DataLoader:
         """The endless training stream from the position that `start` gives."""
-        clips = Stream(self._clips("train", self.encoded is not None), self.seed, self.open_shards)
+        clips = self._clips("train", self.encoded is not None)
+        if self.buckets:
+            clips = BucketStream(split_into(self.buckets, clips), self.seed, self.open_shards, self.global_batch_size)
+        else:
+            clips = Stream(clips, self.seed, self.open_shards)
         batches = PositionBatches(start, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
         return self._loader(clips, batch_sampler=batches, persistent_workers=self.num_workers > 0)
 
@@ -212,10 +240,14 @@ class VideoDataModule(LightningDataModule):
 
     # State: how many samples have been delivered, on all ranks together
 
+    @property
+    def global_batch_size(self) -> int:
+        return self.trainer.world_size * self.batch_size
+
     def on_after_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         if self.trainer.training:
             first = int(batch["position"][0]) - self.trainer.global_rank * self.batch_size
-            self.delivered = first + self.trainer.world_size * self.batch_size
+            self.delivered = first + self.global_batch_size
         return batch
 
     def state_dict(self) -> dict:
@@ -223,6 +255,12 @@ class VideoDataModule(LightningDataModule):
 
     def load_state_dict(self, state: dict) -> None:
         self.delivered = state["delivered"]
+        if self.buckets and self.delivered % self.global_batch_size:
+            raise UserError(
+                f"With data.buckets a run goes on at whole batches, but the {self.delivered} samples that this one has"
+                f" seen are no multiple of the {self.global_batch_size} of a batch on all devices: keep data.batch_size"
+                " times the number of devices as it was."
+            )
 
 
 def render_toy_world(pattern: str | list[str], split: str, clips: int, clip: Clip, scenes: int = 1) -> None:

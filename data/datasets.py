@@ -81,8 +81,12 @@ class Stream(Dataset):
         self.order = SampleOrder(clips.shards.sizes, seed, open_shards)
 
     def __getitem__(self, position: int) -> dict:
+        return self.sample(position, position)
+
+    def sample(self, place: int, position: int) -> dict:
+        """What is at a place of the order, as it is delivered at a position."""
         key = key_of(self.seed, position)
-        order = map(self.order, range(position, position + len(self.clips)))
+        order = map(self.order, range(place, place + len(self.clips)))
         sample, rejected = self.clips.first_usable(order, key)
         return sample | {"position": position, "key": key, "rejected": rejected}
 

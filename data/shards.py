@@ -9,9 +9,11 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from copy import copy
 from hashlib import blake2b
 from pathlib import Path
 from uuid import uuid4
@@ -180,6 +182,7 @@ class Shards:
         self.max_member_mb = max_member_mb
         self.samples: list[tuple[int, str, dict]] = []
         self.problems: dict[int, str] = {}  # by the place of a sample that is never read
+        self.measured: list[tuple] = []  # seconds, height and width of each sample's video, None where nobody knows
         self.sizes: list[int] = []  # samples of each shard
         self.uncaptioned = 0
         self.digests: list[str] = []  # of what each shard holds, whatever it is called
@@ -200,12 +203,22 @@ class Shards:
                 self.problems[len(self.samples)] = row["problem"]
             if "problem" in row or row["caption"]:
                 self.samples.append((number, row["key"], row["members"]))
+                self.measured.append(tuple(map(row.get, ("duration", "height", "width"))))
             else:
                 self.uncaptioned += 1
         self.sizes.append(len(self.samples) - before)
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def only(self, indices: Sequence[int]) -> "Shards":
+        """Some of the samples, given in the order in which they lie here."""
+        part = copy(self)
+        part.samples, part.measured = [self.samples[i] for i in indices], [self.measured[i] for i in indices]
+        part.problems = {place: self.problems[i] for place, i in enumerate(indices) if i in self.problems}
+        held = Counter(number for number, *_ in part.samples)
+        part.sizes = [held[number] for number in range(len(self.paths))]
+        return part
 
     def read(self, index: int, only: tuple[str, ...] | None = None) -> dict[str, bytes | str]:
         """The members of a sample by extension, all or `only` some, and its `__key__`; may raise `Rejected`."""

@@ -33,21 +33,26 @@ class SemanticSpace(nn.Module):
     def __init__(self, clip: Clip, encoder: str, options: dict, dim: int | None, run: str | None):
         super().__init__()
         self._frozen = (build_encoder(encoder, **options),)  # a tuple hides it from the module tree
+        self.name, self.options, self.run = encoder, options, run
+        self.grid = self.grid_of(clip)
+        self.compressor = Compressor(self.encoder.dim, dim)
+        self.loaded: str | None = None  # tells the loaded compressor from others
+        if run is not None:
+            self.compressor.requires_grad_(False)
+
+    def grid_of(self, clip: Clip) -> Grid:
+        """The tokens of a clip's semantics; UserError where the encoder makes none of it."""
         frames, times = clip.num_frames, clip.times
         if self.encoder.stream == "semantic":
             frames, times = len(clip.semantic_times), clip.semantic_times
         _, height, width = self.encoder.grid(frames, clip.height, clip.width)
-        self.grid = Grid(tuple(self.encoder.seconds(times).tolist()), height, width)
-        if not self.grid.seconds:
+        grid = Grid(tuple(self.encoder.seconds(times).tolist()), height, width)
+        if not grid.seconds:
             raise UserError(
-                f"The clip is too short for the encoder {encoder}: {frames} frames at {clip.semantic_fps:g} fps fill no"
-                f" tubelet of {self.encoder.tubelet}; raise data.num_frames or data.semantic_fps."
+                f"The clip is too short for the encoder {self.name}: {frames} frames at {clip.semantic_fps:g} fps fill"
+                f" no tubelet of {self.encoder.tubelet}; raise data.num_frames or data.semantic_fps."
             )
-        self.compressor = Compressor(self.encoder.dim, dim)
-        self.name, self.options, self.run = encoder, options, run
-        self.loaded: str | None = None  # tells the loaded compressor from others
-        if run is not None:
-            self.compressor.requires_grad_(False)
+        return grid
 
     @cached_property
     def source(self) -> dict:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,9 @@ class Stage(LightningModule):
             pass: less memory, more time.
     """
 
-    seconds: tuple[float, ...]  # of the steps of the generated thing
+    seconds: tuple[float, ...]  # of the steps of the generated thing, in the nominal clip
     time_stride: int = 4  # frames of a latent step of the VAE
-    shift: float  # of the flow's times, in training and sampling
+    shift: float  # of the flow's times, in training and sampling of the nominal clip
     partner_run: str | None  # folder of the other stage's run, with which this one makes videos
 
     def __init__(
@@ -187,6 +188,26 @@ class Stage(LightningModule):
         """Whether frames at the full rate are needed, or those of the semantic stream will do."""
         return self.space is None or self.space.encoder.stream == "video"
 
+    # Clips of other shapes
+
+    def seconds_of(self, clip: Clip) -> tuple[float, ...]:
+        raise NotImplementedError
+
+    def shift_of(self, clip: Clip) -> float:
+        raise NotImplementedError
+
+    def check_clip(self, clip: Clip) -> None:
+        """UserError for a clip that this stage cannot be trained on."""
+        if self.space is not None:
+            self.space.grid_of(clip)
+
+    def clip_of(self, batch: dict) -> Clip:
+        """The clip that a batch holds: the nominal one, unless it says a shape (num_frames, height, width)."""
+        if "shape" not in batch:
+            return self.clip
+        num_frames, height, width = batch["shape"][0]
+        return replace(self.clip, num_frames=num_frames, height=height, width=width)
+
     # Encoded shards
 
     def fingerprint(self) -> dict:
@@ -227,7 +248,7 @@ class Stage(LightningModule):
     ) -> Tensor:
         """Squared error of the velocity of each sample (B,), at times t (B,)."""
         eps = keyed.normal(batch["key"], "noise", *z_0.shape[1:])
-        v = network(flow.interpolate(z_0, eps, t), t, prompt, self.seconds, semantics)
+        v = network(flow.interpolate(z_0, eps, t), t, prompt, self.seconds_of(self.clip_of(batch)), semantics)
         return (v.float() - flow.velocity(z_0, eps)).square().flatten(1).mean(1)
 
     def prompt(self, batch: dict, dropout: float = 0.0) -> Tensor:
@@ -241,7 +262,7 @@ class Stage(LightningModule):
     def training_flow_loss(self, z_0: Tensor, batch: dict, semantics: Semantics | None = None) -> Tensor:
         """The training loss, a scalar, with random times and dropped prompts; logs it, also in bands of t."""
         keys = batch["key"]
-        t = flow.logit_normal(keyed.normal(keys, "time"), self.shift)
+        t = flow.logit_normal(keyed.normal(keys, "time"), self.shift_of(self.clip_of(batch)))
         losses = self.flow_loss(self.generator, z_0, batch, t, self.prompt(batch, self.prompt_dropout), semantics)
         self.bands.update(losses, t)
         self.log_train(flow_loss=losses.mean())

@@ -4,13 +4,17 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from data.clip import Clip
 from encoders.vae import build_vae
 from lightning_semgen import flow, keyed
 from lightning_semgen.compressor import FeatureDecoder
 from lightning_semgen.errors import UserError
+from lightning_semgen.positions import Grid
 from lightning_semgen.stage import Stage
 from lightning_semgen.transformer import Semantics
 from lightning_semgen.video import Video
+
+PATCH = (1, 2, 2)  # latents of a token
 
 
 class SemanticStage(Stage):
@@ -28,11 +32,17 @@ class SemanticStage(Stage):
         if self.space is None:
             raise UserError("SemanticStage generates an encoder's features: model.encoder cannot be none.")
         self.partner_run = latent_run or self.space.run
-        self.seconds = self.space.grid.seconds
-        self.shift = shift or flow.dimension_shift(len(self.space.grid) * self.space.channels)
+        self.given_shift = shift
+        self.seconds, self.shift = self.seconds_of(self.clip), self.shift_of(self.clip)
         self.build_generator(self.space.channels, patch=(1, 1, 1))
         if self.learns_compressor and self.space.compressor.dim is not None:
             self.feature_decoder = FeatureDecoder(self.space.channels, self.space.encoder.dim)
+
+    def seconds_of(self, clip: Clip) -> tuple[float, ...]:
+        return self.space.grid_of(clip).seconds
+
+    def shift_of(self, clip: Clip) -> float:
+        return self.given_shift or flow.dimension_shift(len(self.space.grid_of(clip)) * self.space.channels)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         if self.learns_compressor:
@@ -114,16 +124,29 @@ class LatentStage(Stage):
         self.partner_run = semantic_run or (self.space.run if self.space is not None else None)
         self.shift, self.semantic_noise, self.sampling_semantic_noise = shift, semantic_noise, sampling_semantic_noise
         self.semantic_dropout, self.semantic_guidance_scale = semantic_dropout, semantic_guidance_scale
-        clip, patch = self.clip, (1, 2, 2)
-        self.seconds = tuple(self.vae.seconds(clip.times).tolist())
-        self.latent_shape = (self.vae.channels, *self.vae.grid(clip.num_frames, clip.height, clip.width))
-        if self.latent_shape[2] % patch[1] or self.latent_shape[3] % patch[2]:
+        self.seconds, self.latent_shape = self.seconds_of(self.clip), self.latent_shape_of(self.clip)
+        semantic_dim = None if self.space is None else self.space.channels
+        self.build_generator(self.vae.channels, PATCH, semantic_dim, window_seconds)
+
+    def seconds_of(self, clip: Clip) -> tuple[float, ...]:
+        return tuple(self.vae.seconds(clip.times).tolist())
+
+    def shift_of(self, clip: Clip) -> float:
+        return self.shift
+
+    def latent_shape_of(self, clip: Clip) -> tuple[int, int, int, int]:
+        """(C, T_z, H_z, W_z); UserError where there are no whole latents, or they make no whole tokens."""
+        shape = (self.vae.channels, *self.vae.grid(clip.num_frames, clip.height, clip.width))
+        if shape[2] % PATCH[1] or shape[3] % PATCH[2]:
             raise UserError(
                 f"Frames of {clip.height}×{clip.width} do not divide into the transformer's tokens: with this VAE"
                 f" data.height and width must be multiples of {2 * self.vae.space_stride}."
             )
-        semantic_dim = None if self.space is None else self.space.channels
-        self.build_generator(self.vae.channels, patch, semantic_dim, window_seconds)
+        return shape
+
+    def check_clip(self, clip: Clip) -> None:
+        super().check_clip(clip)
+        self.latent_shape_of(clip)
 
     @property
     def vae(self):
@@ -147,10 +170,10 @@ class LatentStage(Stage):
         """(B, C, T_z, H_z, W_z), from the batch or by the VAE."""
         return batch["latents"] if "latents" in batch else self.vae.encode(batch["frames"])
 
-    def noised(self, z_sem: Tensor, keys: Tensor, tau: Tensor) -> Semantics:
+    def noised(self, z_sem: Tensor, keys: Tensor, tau: Tensor, grid: Grid) -> Semantics:
         """Semantics (B, T', H', W', d) at the flow's times tau (B,)."""
         noise = keyed.normal(keys, "semantic noise", *z_sem.shape[1:])
-        return Semantics(flow.interpolate(z_sem, noise, tau), tau, self.space.grid)
+        return Semantics(flow.interpolate(z_sem, noise, tau), tau, grid)
 
     def training_noise(self, keys: Tensor) -> Tensor:
         """τ (B,): even on [0, semantic_noise], and 1 for dropped semantics."""
@@ -162,7 +185,8 @@ class LatentStage(Stage):
             return self.training_flow_loss(self.latents(batch), batch)
         posterior = self.space.posterior(batch)
         z_sem = self.space.compressor.standardise(posterior.z)
-        semantics = self.noised(z_sem, batch["key"], self.training_noise(batch["key"]))
+        tau, grid = self.training_noise(batch["key"]), self.space.grid_of(self.clip_of(batch))
+        semantics = self.noised(z_sem, batch["key"], tau, grid)
         loss = self.training_flow_loss(self.latents(batch), batch, semantics)
         return loss + self.kl_loss(posterior) if self.learns_compressor else loss
 
@@ -178,7 +202,8 @@ class LatentStage(Stage):
             self.log("val/semantic_gap", gap.mean(), batch_size=len(losses), sync_dist=True)
 
     def inference_semantics(self, z_sem: Tensor, keys: Tensor) -> Semantics:
-        return self.noised(z_sem, keys, z_sem.new_full((len(z_sem),), self.sampling_semantic_noise))
+        tau = z_sem.new_full((len(z_sem),), self.sampling_semantic_noise)
+        return self.noised(z_sem, keys, tau, self.space.grid)
 
     def render(self, captions: list[str], keys: Tensor, z_sem: Tensor | None) -> list[Video]:
         """Videos for prompts and, unless this is the baseline, semantics (B, T', H', W', d)."""
@@ -188,7 +213,7 @@ class LatentStage(Stage):
         if self.guidance_scale != 1:
             without.append(([""] * len(captions), semantics, self.guidance_scale))
         if semantics is not None and self.semantic_guidance_scale != 1:
-            none = self.noised(z_sem, keys, torch.ones_like(semantics.tau))
+            none = self.noised(z_sem, keys, torch.ones_like(semantics.tau), semantics.grid)
             without.append((captions, none, self.semantic_guidance_scale))
         latents = self.sample(self.latent_shape, captions, keys, semantics, without)
         return [Video(z, self.vae) for z in latents]

@@ -111,7 +111,7 @@ def test_dropped_semantics_are_pure_noise_and_are_told_so(batch):
     made = stage(LatentStage, semantic_dropout=1.0, semantic_guidance_scale=2.0)
     tau = made.training_noise(batch["key"])
     assert torch.equal(tau, torch.ones(4))
-    one, other = (made.noised(z, batch["key"], tau).z for z in torch.randn(2, 4, 2, 3, 3, 8))
+    one, other = (made.noised(z, batch["key"], tau, made.space.grid).z for z in torch.randn(2, 4, 2, 3, 3, 8))
     assert torch.equal(one, other)
     with pytest.raises(UserError, match="semantic_dropout"):
         stage(LatentStage, semantic_guidance_scale=2.0)
