@@ -24,7 +24,7 @@ class Clip:
     @property
     def times(self) -> Tensor:
         """(T,) seconds of the frames, float64."""
-        return torch.arange(self.num_frames, dtype=torch.float64) / self.fps
+        return torch.arange(self.num_frames, dtype=torch.float64, device="cpu") / self.fps
 
     @property
     def semantic_indices(self) -> list[int]:

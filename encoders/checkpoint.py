@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lightning_semgen.errors import UserError
 
-INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"  # of transformers
+WHOLE = (INDEX, "model.safetensors", f"diffusion_pytorch_{INDEX}", "diffusion_pytorch_model.safetensors")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".npz")
 
 
@@ -31,12 +32,13 @@ class Checkpoint(Mapping[str, Tensor]):
     Attributes:
         path: the file, or the index of several.
         files: name to the .safetensors, .pt, .pth or .npz file that holds that tensor.
+        origin: what `hf download` fetches more files from: a hub id, and the folder in it.
     """
 
-    def __init__(self, path: Path, hub_id: str = "HUB_ID"):
-        self.path, self.hub_id, self._open = path, hub_id, {}
+    def __init__(self, path: Path, origin: tuple[str, str] = ("HUB_ID", "")):
+        self.path, self.origin, self._open = path, origin, {}
         with refusals(path):
-            if path.name == INDEX:
+            if path.name.endswith(INDEX):
                 shards = json.loads(path.read_text())["weight_map"]
                 self.files = {name: path.parent / shard for name, shard in shards.items()}
             else:
@@ -63,11 +65,12 @@ class Checkpoint(Mapping[str, Tensor]):
     def require(self, prefix: str) -> None:
         """UserError with the command that fetches what is missing of the files with that prefix's tensors."""
         shards = {path for name, path in self.files.items() if name.startswith(prefix)}
-        missing = " ".join(sorted(path.name for path in shards if not path.is_file()))
+        hub_id, folder = self.origin
+        missing = " ".join(sorted(f"{folder}{path.name}" for path in shards if not path.is_file()))
         if missing:
-            total = self.json(INDEX)["metadata"]["total_size"] / len(set(self.files.values()))
+            total = self.json(self.path.name)["metadata"]["total_size"] / len(set(self.files.values()))
             raise MissingWeights(
-                f"{self.path} names files that are not there: fetch them with `hf download {self.hub_id} {missing}`"
+                f"{self.path} names files that are not there: fetch them with `hf download {hub_id} {missing}`"
                 f" (about {total * len(missing.split()) / 1e9:.1f} GB)."
             )
 
@@ -132,42 +135,47 @@ def _flatten(nested: dict, prefix: str = "") -> dict[str, Tensor]:
 OPENERS = {".safetensors": _Safetensors, ".npz": _Arrays, ".pt": _torch_file, ".pth": _torch_file}
 
 
-def open_checkpoint(weights: str, file: str | None = None, download: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    weights: str, file: str | None = None, download: str | None = None, subfolder: str | None = None
+) -> Checkpoint:
     """The weights at a path, or of a hub id in the local cache; nothing is downloaded.
 
     Args:
         weights: a file, a folder or a hub id.
         file: which of a folder's files; None: the only one, or the index of several.
         download: the command that fetches them, and their size, for the error.
+        subfolder: where a pipeline of diffusers keeps them; they may lie in the folder itself.
     """
-    path, hub_id = Path(weights), "HUB_ID"
+    path, hub_id, folder = Path(weights), "HUB_ID", ""
+    include = f" --include '{subfolder}/*'" if subfolder else ""
+    command = download or f"`hf download {weights}{include}`"
     if not path.exists():
-        path, hub_id = _cached(weights, download), weights
+        if download is None and (weights.count("/") != 1 or weights.endswith(SUFFIXES)):
+            raise UserError(f"There are no weights at {weights}: that is neither a file or folder nor a hub id.")
+        path, hub_id = _cached(weights, command), weights
+    if subfolder and (path / subfolder).is_dir() and not (path / "config.json").is_file():
+        path, folder = path / subfolder, f"{subfolder}/"
     if path.is_dir():
-        path = _file_in(path, file, download or f"`hf download {weights}`")
-    if path.name != INDEX and path.suffix not in SUFFIXES:
+        path = _file_in(path, file, command)
+    if not path.name.endswith(INDEX) and path.suffix not in SUFFIXES:
         raise UserError(f"{path} is no weights file: its name must end in {', '.join(SUFFIXES)}.")
-    return Checkpoint(path, hub_id)
+    return Checkpoint(path, (hub_id, folder))
 
 
-def _cached(hub_id: str, download: str | None) -> Path:
+def _cached(hub_id: str, download: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
-        if download is None and (hub_id.count("/") != 1 or hub_id.endswith(SUFFIXES)):
-            raise UserError(
-                f"There are no weights at {hub_id}: that is neither a file or folder nor a hub id."
-            ) from error
         raise MissingWeights(
-            f"The weights {hub_id} are not here: fetch them with {download or f'`hf download {hub_id}`'}, or give the"
-            " folder or file that has them as `weights`."
+            f"The weights {hub_id} are not here: fetch them with {download}, or give the folder or file that has them"
+            " as `weights`."
         ) from error
 
 
 def _file_in(folder: Path, file: str | None, download: str) -> Path:
     if file is not None and (folder / file).is_file():
         return folder / file
-    for name in (INDEX, "model.safetensors"):
+    for name in WHOLE:
         if (folder / name).is_file():
             return folder / name
     found = next(filter(None, (sorted(folder.glob(f"*{suffix}")) for suffix in SUFFIXES)), [])

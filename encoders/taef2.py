@@ -4,8 +4,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from encoders.checkpoint import MissingWeights, open_checkpoint
@@ -52,8 +50,9 @@ def up(blocks: int) -> list[nn.Module]:
 
 
 class TAEF2(nn.Module):
-    """The interface of diffusers' video VAEs: video (B, 3, T, H, W) in −1 to 1, latents (B, 32, T, H/8, W/8)."""
+    """Video (B, 3, T, H, W) in −1 to 1 and latents (B, 32, T, H/8, W/8); no frame knows of another."""
 
+    chunk = PASS
     config = SimpleNamespace(
         z_dim=CHANNELS, scale_factor_temporal=1, scale_factor_spatial=8,
         latents_mean=[0.0] * CHANNELS, latents_std=[1.0] * CHANNELS,
@@ -81,13 +80,11 @@ class TAEF2(nn.Module):
             load_strictly(part, open_checkpoint(str(path)), LAYOUT, "", torch.float32)
         return model
 
-    def encode(self, video: Tensor) -> AutoencoderKLOutput:
-        latents = by_frame(self.encoder, (video + 1) / 2)
-        spread = torch.zeros_like(latents)
-        return AutoencoderKLOutput(DiagonalGaussianDistribution(torch.cat([latents, spread], 1), deterministic=True))
+    def encode_chunk(self, video: Tensor, past: None) -> tuple[Tensor, None]:
+        return by_frame(self.encoder, (video + 1) / 2), None
 
-    def decode(self, latents: Tensor) -> DecoderOutput:
-        return DecoderOutput(by_frame(self.decoder, latents) * 2 - 1)
+    def decode_chunk(self, latents: Tensor, past: None) -> tuple[Tensor, None]:
+        return by_frame(self.decoder, latents) * 2 - 1, None
 
 
 def by_frame(network: nn.Module, video: Tensor) -> Tensor:

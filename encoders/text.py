@@ -2,9 +2,11 @@
 
 import warnings
 from functools import cached_property
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -49,26 +51,31 @@ class FrozenTextEncoder(Frozen):
     learnt = False
 
     def __init__(self, name: str, max_tokens: int = 512):
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
         from transformers import AutoModelForTextEncoding, AutoTokenizer
 
         super().__init__()
+        parts = ("tokenizer", "text_encoder") if in_pipeline(name) else ("", "")
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = AutoModelForTextEncoding.from_pretrained(name)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, subfolder=parts[0])
+            with torch.device("cpu"):  # also where the rest of a stage is built on meta
+                self.model = AutoModelForTextEncoding.from_pretrained(name, subfolder=parts[1])
         except (OSError, ValueError) as error:
             raise UserError(
                 f"The text encoder {name!r} is neither 'bytes' nor a folder nor a model at hand; fetch it with"
                 f" `hf download {name}` or give its folder ({str(error).splitlines()[0]})."
             ) from error
-        self.dim, self.max_tokens = self.model.config.hidden_size, max_tokens
+        self.dim, self.max_tokens, self.clean = self.model.config.hidden_size, max_tokens, prompt_clean
 
     @torch.no_grad()
     def embed(self, captions: list[str]) -> list[Tensor]:
         """Embeddings (L, dim) of each caption, as long as it is, `max_tokens` at most."""
         tokens = self.tokenizer(
-            captions, padding=True, max_length=self.max_tokens, truncation=True, return_tensors="pt"
-        ).to(self.model.device)
-        embeddings = self.model(**tokens).last_hidden_state.float()
+            [self.clean(caption) for caption in captions],
+            padding=True, max_length=self.max_tokens, truncation=True, return_tensors="pt",
+        ).to(self.model.device)  # fmt: skip
+        with torch.autocast(self.model.device.type, enabled=False):  # the same in `fit` and `encode`
+            embeddings = self.model(**tokens).last_hidden_state.float()
         return [row[mask.bool()] for row, mask in zip(embeddings, tokens.attention_mask, strict=True)]
 
     @cached_property
@@ -86,6 +93,14 @@ class FrozenTextEncoder(Frozen):
         return self.pad(self.embed(captions))
 
 
+def in_pipeline(name: str) -> bool:
+    """Whether that folder, or hub id in the local cache, is a pipeline of diffusers, with parts in subfolders."""
+    config = "text_encoder/config.json"
+    if (Path(name) / config).is_file():
+        return True
+    return not Path(name).exists() and name.count("/") <= 1 and isinstance(try_to_load_from_cache(name, config), str)
+
+
 def build_text_encoder(name: str) -> ByteTextEncoder | FrozenTextEncoder:
-    """`bytes`, or the hub id or folder of an encoder of transformers."""
+    """`bytes`, or the hub id or folder of an encoder of transformers, or of a pipeline of diffusers with one."""
     return ByteTextEncoder() if name == "bytes" else FrozenTextEncoder(name).freeze()

@@ -42,7 +42,10 @@ class ToyVideoVAE(ModelMixin, ConfigMixin):
     """Frames (B, 3, 4k+1, H, W) in [-1, 1] ↔ latents (B, z_dim, k+1, H/8, W/8).
 
     Everything runs at the latents' frame rate: four frames are stacked on channels, time is mixed by shifting channels.
+    A chunk so needs one step of the past for each block.
     """
+
+    chunk = 16
 
     @register_to_config
     def __init__(
@@ -69,11 +72,30 @@ class ToyVideoVAE(ModelMixin, ConfigMixin):
         )  # fmt: skip
 
     def encode(self, x: Tensor) -> AutoencoderKLOutput:
-        frames = x.movedim(2, 1)
-        frames = torch.cat([frames[:, :1].expand(-1, GROUP - 1, -1, -1, -1), frames], dim=1)
-        moments = self.encoder(frames.unflatten(1, (-1, GROUP)).flatten(2, 3))
-        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments.movedim(1, 2)))
+        return AutoencoderKLOutput(latent_dist=self._posterior(torch.cat([self._before(x), x], dim=2)))
+
+    def encode_chunk(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, steps = torch.cat([self._before(x) if past is None else past, x], dim=2), -(-x.shape[2] // GROUP)
+        return self._posterior(x).mode()[:, :, -steps:], x[:, :, -GROUP * reach(self.encoder) :]
+
+    @staticmethod
+    def _before(x: Tensor) -> Tensor:
+        """What fills the first group up: its one frame, repeated."""
+        return x[:, :, :1].expand(-1, -1, GROUP - 1, -1, -1)
+
+    def _posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
+        moments = self.encoder(x.movedim(2, 1).unflatten(1, (-1, GROUP)).flatten(2, 3))
+        return DiagonalGaussianDistribution(moments.movedim(1, 2))
 
     def decode(self, z: Tensor) -> DecoderOutput:
         frames = self.decoder(z.movedim(2, 1)).unflatten(2, (GROUP, 3)).flatten(1, 2)
         return DecoderOutput(sample=frames[:, GROUP - 1 :].movedim(1, 2))
+
+    def decode_chunk(self, z: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        steps, z = z.shape[2], z if past is None else torch.cat([past, z], dim=2)
+        return self.decode(z).sample[:, :, -GROUP * steps :], z[:, :, -reach(self.decoder) :]
+
+
+def reach(network: nn.Sequential) -> int:
+    """Steps of the past that one step depends on: each block's shift adds one."""
+    return sum(isinstance(layer, Block) for layer in network)

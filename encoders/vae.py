@@ -1,6 +1,6 @@
 """Frozen video VAEs behind one interface, diffusers' own, and the VAE as a semantic encoder (the paper's baseline)."""
 
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,17 +11,28 @@ from torch import Tensor
 from encoders.base import Frozen, FrozenEncoder, pooled_seconds
 from encoders.taef2 import TAEF2
 from encoders.toy_vae import ToyVideoVAE
+from encoders.wan_vae import WanVAE
 from lightning_semgen.errors import UserError
 
 TOY = Path(__file__).parent / "weights/toy_vae"
-VAES = {  # how each is loaded from a folder, and which by default
-    "toy": (partial(ToyVideoVAE.from_pretrained, torch_dtype=torch.float32, low_cpu_mem_usage=False), TOY),
-    "taef2": (TAEF2.from_pretrained, None),
-}
+
+
+def load_toy(weights: str | None) -> ToyVideoVAE:
+    """From a folder; the embedded one without."""
+    if weights is not None and not Path(weights).is_dir():
+        raise UserError(f"There is no folder {weights}, from which the VAE toy is to be loaded.")
+    return ToyVideoVAE.from_pretrained(weights or TOY, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+
+
+VAES = {"toy": load_toy, "taef2": TAEF2.from_pretrained, "wan": WanVAE.load}  # each from weights, or its own
 
 
 class FrozenVAE(Frozen):
-    """Frames to normalised latents and back, through any diffusers video VAE whose first latent is one frame.
+    """Frames to normalised latents and back, in chunks of time; the first latent is one frame.
+
+    The model has the config of diffusers' video VAEs and goes from chunk to chunk: `encode_chunk(video, past)` and
+    `decode_chunk(latents, past)` give what becomes of a chunk (B, C, T, H, W) and the past of the next one, which is
+    None at first; `chunk` is how many latents one has.
 
     Attributes:
         channels: C of the latents.
@@ -51,24 +62,37 @@ class FrozenVAE(Frozen):
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 frames (B, T, 3, H, W) to latents (B, C, T_z, H_z, W_z) of about unit variance."""
-        video = frames.to(self.mean.dtype).transpose(1, 2).div_(127.5).sub_(1)  # in place: 60 s at 480p are 7 GB
-        return (self.model.encode(video).latent_dist.mode() - self.mean) / self.std
+        past, latents, step = None, [], self.time_stride * self.model.chunk
+        for start in range(1 - self.time_stride, frames.shape[1], step):  # one frame in place of the first stride
+            chunk = frames[:, max(start, 0) : start + step]
+            video = chunk.to(self.mean.dtype).transpose(1, 2).div_(127.5).sub_(1)
+            with self._own_precision():
+                made, past = self.model.encode_chunk(video, past)
+            latents.append((made - self.mean) / self.std)
+        return torch.cat(latents, dim=2)
 
     @torch.no_grad()
+    def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
+        """Latents (B, C, T_z, H_z, W_z) to uint8 frames (B, t, 3, H, W), one chunk of T after another."""
+        past = None
+        for chunk in latents.split(self.model.chunk, dim=2):
+            with self._own_precision():
+                video, past = self.model.decode_chunk(chunk * self.std + self.mean, past)
+            yield ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).transpose(1, 2)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, T_z, H_z, W_z) to uint8 frames (B, T, 3, H, W)."""
-        video = self.model.decode(latents * self.std + self.mean).sample
-        return ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).transpose(1, 2)
+        return torch.cat(list(self.decode_chunks(latents)), dim=1)
+
+    def _own_precision(self) -> torch.autocast:
+        return torch.autocast(self.mean.device.type, enabled=False)  # the trainer's would move the latents
 
 
 def build_vae(name: str, weights: str | None = None) -> FrozenVAE:
-    """The VAE of that name, frozen, from a folder of weights or its own; an unknown one is a UserError."""
+    """The VAE of that name, frozen, from those weights or its own; an unknown one is a UserError."""
     if name not in VAES:
         raise UserError(f"There is no VAE {name!r}; known VAEs: {', '.join(VAES)}.")
-    if weights is not None and not Path(weights).is_dir():
-        raise UserError(f"There is no folder {weights}, from which the VAE {name} is to be loaded.")
-    load, own = VAES[name]
-    return FrozenVAE(load(weights or own)).freeze()
+    return FrozenVAE(VAES[name](weights)).freeze()
 
 
 class VAEEncoder(FrozenEncoder):

@@ -26,6 +26,7 @@ from lightning_semgen.board import CompareRuns, RunLogger
 from lightning_semgen.callbacks import Progress, ReferenceSheet, Throughput, WriteResults
 from lightning_semgen.doctor import doctor
 from lightning_semgen.errors import UserError
+from lightning_semgen.export import export_run
 from lightning_semgen.gallery import Gallery
 from lightning_semgen.rejects import Rejects
 from lightning_semgen.runs import (
@@ -174,7 +175,12 @@ def pack(args: list[str]) -> None:
     auto_cli(pack_videos, args=args, prog="lightning pack")
 
 
-COMMANDS = {"pack": pack, "encode": encode, "doctor": doctor}
+def export(args: list[str]) -> None:
+    """Writes the weights of a run as safetensors, for diffusers where the network is Wan's: RUN FOLDER."""
+    auto_cli(export_run, args=args, prog="lightning export")
+
+
+COMMANDS = {"pack": pack, "encode": encode, "doctor": doctor, "export": export}
 
 
 def user_error(error: BaseException | None) -> UserError | None:

@@ -1,5 +1,6 @@
 """The semantic space of a stage: frozen encoder, compressor and statistics, from a batch to standardised semantics."""
 
+from functools import cached_property
 from math import ceil
 
 import torch
@@ -43,12 +44,21 @@ class SemanticSpace(nn.Module):
                 f" tubelet of {self.encoder.tubelet}; raise data.num_frames or data.semantic_fps."
             )
         self.compressor = Compressor(self.encoder.dim, dim)
-        self.source = {"encoder": encoder, "encoder_options": options, "encoder_weights": self.encoder.fingerprint()}
-        self.facts = self.source | {"semantic_dim": dim, "grid": [height, width]}
-        self.run = run
+        self.name, self.options, self.run = encoder, options, run
         self.loaded: str | None = None  # tells the loaded compressor from others
         if run is not None:
             self.compressor.requires_grad_(False)
+
+    @cached_property
+    def source(self) -> dict:
+        """What features depend on."""
+        weights = self.encoder.fingerprint()
+        return {"encoder": self.name, "encoder_options": self.options, "encoder_weights": weights}
+
+    @property
+    def facts(self) -> dict:
+        """What semantics depend on, but for the compressor's weights."""
+        return self.source | {"semantic_dim": self.compressor.dim, "grid": [self.grid.height, self.grid.width]}
 
     @property
     def encoder(self) -> FrozenEncoder:

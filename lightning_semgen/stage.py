@@ -20,6 +20,7 @@ from lightning_semgen.compressor import Posterior
 from lightning_semgen.errors import UserError
 from lightning_semgen.learning_rate import adamw
 from lightning_semgen.metrics import Adherence, ChannelStatistics, TimeBands
+from lightning_semgen.pretrained import LATENTS_PER_SECOND, load_wan
 from lightning_semgen.runs import LAST, load_stage
 from lightning_semgen.semantics import SemanticSpace
 from lightning_semgen.transformer import Semantics, VideoTransformer, size_of
@@ -50,10 +51,12 @@ class Stage(LightningModule):
         encode_semantics: whether encoded shards hold what a frozen compressor makes of the features in their place: 2d
             numbers a token instead of D, good for that compressor alone.
         size: a row of `transformer.SIZES`.
+        init_from: folder or hub id of Wan 2.1's weights in diffusers' format, from which a fresh fit starts; null: from
+            random ones.
         text_encoder: "bytes" (small, learnt with the generator, reads 96 bytes), or hub id or folder of an encoder of
-            transformers.
+            transformers, or of a pipeline of diffusers that has one.
         rotary_rate: rotary positions per second; null: the video's latents per second, fps / 4 for a VAE that
-            compresses time by 4.
+            compresses time by 4; with `init_from` Wan's, 4.
         lr: peak learning rate, reached after `warmup_steps`, then falling by a cosine to 0 at trainer.max_steps.
         warmup_steps: optimiser steps of linear warm-up.
         weight_decay: AdamW's, not on biases and norms.
@@ -83,6 +86,7 @@ class Stage(LightningModule):
         semantic_dim: int | None = 8,
         encode_semantics: bool = False,
         size: str = "toy",
+        init_from: str | None = None,
         text_encoder: str = "bytes",
         rotary_rate: float | None = None,
         lr: float = 1e-3,
@@ -98,7 +102,7 @@ class Stage(LightningModule):
         checkpoint_blocks: bool = False,
     ):
         super().__init__()
-        self.clip, self.size, self.rotary_rate = clip, size_of(size), rotary_rate
+        self.clip, self.size, self.init_from, self.rotary_rate = clip, size_of(size), init_from, rotary_rate
         self.lr, self.warmup_steps, self.weight_decay, self.ema_decay = lr, warmup_steps, weight_decay, ema_decay
         self.kl_weight, self.prompt_dropout = kl_weight, prompt_dropout
         self.guidance_scale, self.sampling_steps = guidance_scale, sampling_steps
@@ -129,7 +133,7 @@ class Stage(LightningModule):
     ) -> None:
         """Makes the generator of things with that many channels, and its EMA twin."""
         text = self.text
-        rotary_rate = self.rotary_rate or self.clip.fps / self.time_stride
+        rotary_rate = self.rotary_rate or (LATENTS_PER_SECOND if self.init_from else self.clip.fps / self.time_stride)
         transformer = VideoTransformer(
             channels, text.dim, self.size, patch, semantic_dim, rotary_rate, window_seconds, self.checkpoint_blocks
         )
@@ -153,6 +157,9 @@ class Stage(LightningModule):
                 network.transformer.compile(dynamic=False)
         if stage == "fit" or self.trainer.ckpt_path:
             self.load_compressor()
+        if stage == "fit" and self.init_from and not self.trainer.ckpt_path:
+            load_wan(self.generator.transformer, self.init_from)
+            self.ema.load_state_dict(self.generator.state_dict())
 
     def load_compressor(self) -> None:
         """A frozen compressor's weights, from the checkpoint that this stage starts from or the run that learnt it."""

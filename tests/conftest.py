@@ -47,6 +47,20 @@ def workspace(shards, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def save_text_encoder(folder: Path, dim: int, parts: tuple[str, str] = ("", "")) -> None:
+    """A small UMT5 with embeddings of that width, and a tokenizer of a few words, in these subfolders."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    words = {word: index for index, word in enumerate(("<pad>", "</s>", "<unk>", "a", "red", "disc", "&"))}
+    vocabulary = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
+    vocabulary.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>").save_pretrained(folder / parts[0])
+    config = UMT5Config(vocab_size=len(words), d_model=dim, num_layers=2, num_heads=2, d_kv=8, d_ff=32)
+    UMT5EncoderModel(config).save_pretrained(folder / parts[1])
+
+
 SMALL = [
     "--data.toy_clips=0", "--data.batch_size=4", "--data.num_workers=0", "--trainer.val_check_interval=2",
     "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",

@@ -42,7 +42,8 @@ def trained(fitted, workspace) -> Path:
     return workspace
 
 
-ANYWHERE = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "encoders")  # test_published_encoders.py
+TESTED_ELSEWHERE = ("encoders", "paper")  # test_published_encoders.py, test_paper_configs.py
+ANYWHERE = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in TESTED_ELSEWHERE)
 
 
 @pytest.mark.parametrize("path", ANYWHERE, ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -51,7 +52,7 @@ def test_every_config_runs_a_step(path, workspace, lightning):
     assert f"lightning fit -c configs/{path.relative_to(CONFIGS)}" in text
     run = yaml.safe_load(text)["model"].get("init_args", {}).get("compressor", "learn")
     if run != "learn":
-        first = next(CONFIGS.rglob(f"{Path(run).name}.yaml"))
+        first = path.parent / f"{Path(run).name}.yaml"
         lightning("fit", "-c", str(first), *FIT)
     if path.parent.name == "toy":
         few = ["--data.batch_size=4", "--data.num_workers=0", "--trainer.limit_val_batches=1", "--data.toy_clips=0"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CLIP
+from conftest import CLIP, save_text_encoder
 
 from data.decode import decode_clip
 from data.toy import toy_clip
@@ -61,6 +61,20 @@ def test_vae_round_trip_and_normalisation(frames):
         vae.grid(48, 48, 48)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 16])
+def test_a_vae_makes_of_chunks_what_it_makes_of_the_whole(frames, chunk, monkeypatch):
+    vae = build_vae("toy")
+    pixels = frames.transpose(1, 2) / 127.5 - 1
+    whole = vae.model.encode(pixels).latent_dist.mode()
+    monkeypatch.setattr(vae.model, "chunk", chunk)
+    latents = vae.encode(frames)
+    torch.testing.assert_close(latents * vae.std + vae.mean, whole, atol=1e-5, rtol=1e-5)
+    chunks = list(vae.decode_chunks(latents))
+    assert len(chunks) == -(-13 // chunk) and chunks[0].shape[1] == min(4 * chunk, 52) - 3
+    shown = ((vae.model.decode(whole).sample.transpose(1, 2) + 1) * 127.5).clamp(0, 255)
+    assert (torch.cat(chunks, dim=1) - shown).abs().max() < 0.51  # half a step of uint8
+
+
 def test_vae_features_are_pooled_latents(frames):
     encoder = build_encoder("vae", semantic_grid=(13, 6, 6))
     torch.testing.assert_close(encoder(frames), build_vae("toy").encode(frames).permute(0, 2, 3, 4, 1))
@@ -74,19 +88,24 @@ def test_unknown_names_list_the_known(build, known):
 
 
 def test_a_transformers_text_encoder_is_padded_with_zeros(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    vocabulary = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1, "red": 2, "disc": 3}, unk_token="a"))
-    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>").save_pretrained(tmp_path)
-    T5EncoderModel(T5Config(vocab_size=4, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=32)).save_pretrained(
-        tmp_path
-    )
+    save_text_encoder(tmp_path, 16)
     encoder = build_text_encoder(str(tmp_path))
     text = encoder.prepare(["a red disc", "a disc"])
     assert text.shape == (2, 512, 16) and not any(p.requires_grad for p in encoder.parameters())
-    assert text[0, 3:].abs().max() == 0 and text[1, 2:].abs().max() == 0 and text[0, :3].abs().min() > 0
+    assert text[0, 4:].abs().max() == 0 and text[1, 3:].abs().max() == 0 and text[0, :4].abs().min() > 0
+
+
+def test_a_pipelines_text_encoder_says_what_wans_pipeline_does(tmp_path):
+    from diffusers import WanPipeline
+
+    save_text_encoder(tmp_path, 16, ("tokenizer", "text_encoder"))
+    encoder = build_text_encoder(str(tmp_path))
+    pipeline = WanPipeline(encoder.tokenizer, encoder.model, vae=None, scheduler=None)
+    captions = ["a  red\n disc ", "a &amp;amp; disc", "", "red " * 600]
+    theirs = pipeline._get_t5_prompt_embeds(captions, max_sequence_length=512)
+    torch.testing.assert_close(encoder.prepare(captions), theirs)
+    with torch.autocast("cpu", torch.bfloat16):  # a fit's precision is not the encoder's
+        torch.testing.assert_close(encoder.prepare(captions), theirs)
 
 
 def test_a_missing_text_encoder_says_how_to_fetch_it():

@@ -90,7 +90,20 @@ def test_a_latent_stage_takes_a_vae_that_keeps_time():
     frames = torch.randint(256, (2, 18, 3, 32, 32), dtype=torch.uint8)
     latents = made.latents({"frames": frames})
     torch.testing.assert_close(made.latents({"frames": frames[1:, 5:6]})[0, :, 0], latents[1, :, 5])
-    assert made.vae.decode(latents).shape == frames.shape
+    made.vae.model.chunk = 4
+    torch.testing.assert_close(made.latents({"frames": frames}), latents)
+    chunks = list(made.vae.decode_chunks(latents))
+    assert [part.shape[1] for part in chunks] == [4, 4, 4, 4, 2]
+    assert torch.cat(chunks, dim=1).shape == frames.shape
+
+
+@needs_weights
+def test_a_published_wan_latent_is_normalised_as_ours_are():
+    latents = torch.load(WEIGHTS / "test_latents_wan.pth", "cpu", weights_only=True).float()
+    vae = build_vae("wan", "random")  # the statistics are the config's
+    assert latents.shape[:2] == (1, vae.channels) and 0.8 < latents.std() < 1.2
+    assert ((latents - vae.mean) / vae.std).std() < 0.7  # normalised once is enough
+    assert (latents * vae.std + vae.mean).std() > 1.5
 
 
 def test_missing_weights_and_frames_that_are_no_whole_tokens(tmp_path):
