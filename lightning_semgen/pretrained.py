@@ -82,8 +82,9 @@ def new_layers(transformer: VideoTransformer, checkpoint: Checkpoint) -> list[st
     new = [TEXT] if differs(TEXT) else []
     if differs(INPUT):  # the output is of the same things, even where its shape happens to be the file's
         new += [INPUT, OUTPUT]
-    has_semantics = hasattr(transformer, SEMANTIC)
-    return [*new, SEMANTIC] if has_semantics and f"{SEMANTIC}.weight" not in checkpoint else new
+    if hasattr(transformer, SEMANTIC) and (f"{SEMANTIC}.weight" not in checkpoint or differs(SEMANTIC)):
+        new.append(SEMANTIC)
+    return new
 
 
 def summary(loaded: dict[str, int]) -> str:

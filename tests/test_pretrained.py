@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import CLIP, CONFIGS
 from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
 
 from encoders.checkpoint import MissingWeights
 from lightning_semgen.errors import UserError
 from lightning_semgen.export import export_run
-from lightning_semgen.pretrained import load_wan
+from lightning_semgen.pretrained import load_wan, wan_config
 from lightning_semgen.runs import load_stage
 from lightning_semgen.stages import LatentStage, SemanticStage
 from lightning_semgen.transformer import SIZES, Size, VideoTransformer
@@ -98,11 +99,14 @@ def saved(folder, **options) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def test_layers_of_another_shape_are_new_and_the_rest_is_loaded(tmp_path):
+def test_layers_of_another_shape_are_new_and_the_rest_is_loaded(tmp_path, caplog):
     state = saved(tmp_path)
     mine = ours(channels=64, text_dim=12, patch=(1, 1, 1))  # its output layer happens to have Wan's shape
     before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
-    load_wan(mine, str(tmp_path))
+    with caplog.at_level("INFO"):
+        load_wan(mine, str(tmp_path))
+    assert "new: condition_embedder.text_embedder.linear_1, patch_embedding, proj_out" in caplog.text
+    assert f"{len(state) - 6} tensors with" in caplog.text
     new = {
         f"{layer}.{kind}"
         for layer in ("patch_embedding", "proj_out", "condition_embedder.text_embedder.linear_1")
@@ -124,6 +128,18 @@ def test_a_new_semantic_token_is_what_an_empty_latent_is(tmp_path):
     assert other.semantic_embedding.weight.abs().min() > 0
 
 
+@pytest.mark.parametrize("dim", [8, 4])
+def test_a_semantic_embedding_is_loaded_where_it_fits(dim, tmp_path):
+    trained, mine = ours(semantic_dim=dim), ours(semantic_dim=8)
+    torch.nn.init.normal_(trained.patch_embedding.bias)
+    save_file(trained.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(wan_config(trained)))
+    load_wan(mine, str(tmp_path))
+    state = trained.state_dict()
+    same = [name for name, tensor in mine.state_dict().items() if tensor.equal(state[name])]
+    assert len(state) - len(same) == (0 if dim == 8 else 2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -134,8 +150,6 @@ def test_a_new_semantic_token_is_what_an_empty_latent_is(tmp_path):
     ],
 )
 def test_anything_unexpected_is_an_error(change, message, tmp_path):
-    from safetensors.torch import save_file
-
     save_file(change(saved(tmp_path)), tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match=message):
         load_wan(ours(), str(tmp_path))
