@@ -45,7 +45,7 @@ def build_network(
         source: what the prefix must begin with, where a file holds several encoders.
     """
     if on_meta():
-        return build().to(dtype)
+        return build() if dtype == torch.get_default_dtype() else build().to(dtype)
     if checkpoint is None:
         rank_zero_warn("The encoder has random weights: its features mean nothing.")
         with torch.random.fork_rng(devices=[]):
