@@ -39,15 +39,15 @@ class Progress(TQDMProgressBar):
 class Throughput(Callback):
     """Logs how fast a fit goes, what of it is waiting for data, and how much of the device it uses."""
 
-    def setup(self, trainer: Trainer, stage: LightningModule, fn: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.tokens = self.flops = 0  # of a clip
         self.peak = peak_flops(trainer.strategy.root_device)
-        if not isinstance(stage, Stage) or fn != "fit":
+        if not isinstance(pl_module, Stage) or stage != "fit":
             return
-        self.tokens = sum(count for kind, count in tokens(stage).items() if kind != "text")
+        self.tokens = sum(count for kind, count in tokens(pl_module).items() if kind != "text")
         if self.peak is not None:
-            self.flops = step_cost(stage).flops
-            self.flops += 0 if trainer.datamodule.encoded else frozen_flops(stage)
+            self.flops = step_cost(pl_module).flops
+            self.flops += 0 if trainer.datamodule.encoded else frozen_flops(pl_module)
 
     def on_train_start(self, trainer: Trainer, stage: Stage) -> None:
         self._begin(trainer)

@@ -194,7 +194,7 @@ def number(value: float) -> str:
     for power, unit in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
         if value >= 10**power:
             return f"{value / 10**power:.3g} {unit}"
-    return f"{value:,.0f} "
+    return f"{value:,.0f}"
 
 
 def gb(size: float) -> str:
