@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from encoders.base import FrozenEncoder
+from encoders.base import FrozenEncoder, on_meta
 from encoders.checkpoint import INDEX, Checkpoint, open_checkpoint
 from encoders.published import Spec
 from lightning_semgen.errors import UserError
@@ -185,7 +185,7 @@ def build_encoder(name: str, weights: str | None = None, **overrides) -> FrozenE
         overrides["model"] = name.removeprefix("timm/")
     if row.spec is None:
         return adapter(weights or row.weights, **overrides).freeze()
-    checkpoint = None if weights == "random" else published_weights(name, row, weights)
+    checkpoint = None if weights == "random" or on_meta() else published_weights(name, row, weights)
     config = adapter.read_config(checkpoint.json("config.json")) if checkpoint else {}
     spec = replace(row.spec, **config | {key: overrides.pop(key) for key in sizes & overrides.keys()})
     return adapter(spec, checkpoint, **overrides).freeze()

@@ -22,6 +22,11 @@ class Frozen(nn.Module):
         return fingerprint(self)
 
 
+def on_meta() -> bool:
+    """Whether parts are being built on the meta device, without weights, for their sizes alone."""
+    return torch.get_default_device().type == "meta"
+
+
 def fingerprint(module: nn.Module) -> str:
     """Tells weights apart: a hash of every tensor's name, shape and first values."""
     digest = hashlib.blake2b(digest_size=8)

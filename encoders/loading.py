@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from encoders.base import on_meta
 from encoders.checkpoint import Checkpoint
 from lightning_semgen.errors import UserError
 
@@ -43,6 +44,8 @@ def build_network(
         layouts: those that the family's files come in.
         source: what the prefix must begin with, where a file holds several encoders.
     """
+    if on_meta():
+        return build() if dtype == torch.get_default_dtype() else build().to(dtype)
     if checkpoint is None:
         rank_zero_warn("The encoder has random weights: its features mean nothing.")
         with torch.random.fork_rng(devices=[]):

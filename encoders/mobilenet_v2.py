@@ -3,6 +3,7 @@
 import timm
 from torch import Tensor, nn
 
+from encoders.base import on_meta
 from encoders.checkpoint import open_checkpoint
 from encoders.loading import Layout, build_network, load_strictly
 from encoders.published import PublishedEncoder, Spec
@@ -37,7 +38,7 @@ class MobileNetV2(PublishedEncoder):
         if layer is not None:
             raise UserError("The encoder mobilenet_v2 gives its last feature map only: leave out the option layer.")
         super().__init__(SPEC, **options)
-        if weights == "random":
+        if weights == "random" or on_meta():
             self.network = build_network(network, None, (), self.dtype)
         else:
             self.network = network()

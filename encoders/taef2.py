@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from encoders.base import on_meta
 from encoders.checkpoint import MissingWeights, open_checkpoint
 from encoders.loading import Layout, load_strictly
 
@@ -70,7 +71,7 @@ class TAEF2(nn.Module):
     def from_pretrained(cls, weights: str | None) -> "TAEF2":
         """From a folder with the published taef2_encoder.pth and taef2_decoder.pth; UserError where they are not."""
         model = cls()
-        for name, part in model.named_children():
+        for name, part in () if on_meta() else model.named_children():
             path = Path(weights or ".") / f"taef2_{name}.pth"
             if not path.is_file():
                 raise MissingWeights(

@@ -9,9 +9,14 @@ import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, PretrainedConfig, UMT5Config
 
-from encoders.base import Frozen
+from encoders.base import Frozen, on_meta
 from lightning_semgen.errors import UserError
+
+UMT5_XXL = {  # of google/umt5-xxl, Wan's text encoder
+    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+}  # fmt: skip
 
 
 class ByteTextEncoder(nn.Module):
@@ -20,7 +25,7 @@ class ByteTextEncoder(nn.Module):
     Two strided convolutions gather bytes into about words, two transformer layers let words meet.
     """
 
-    max_bytes, learnt = 96, True
+    max_bytes, max_tokens, learnt = 96, 24, True
 
     def __init__(self, dim: int = 128):
         super().__init__()
@@ -29,7 +34,7 @@ class ByteTextEncoder(nn.Module):
         self.gather = nn.Sequential(
             nn.Conv1d(dim, dim, 5, stride=2, padding=2), nn.GELU(), nn.Conv1d(dim, dim, 5, stride=2, padding=2)
         )
-        self.positions = nn.Parameter(torch.randn(self.max_bytes // 4, dim) * 0.02)
+        self.positions = nn.Parameter(torch.randn(self.max_tokens, dim) * 0.02)
         layer = nn.TransformerEncoderLayer(dim, 4, 2 * dim, dropout=0.0, batch_first=True, norm_first=True)
         self.mix = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
 
@@ -57,8 +62,10 @@ class FrozenTextEncoder(Frozen):
         super().__init__()
         parts = ("tokenizer", "text_encoder") if in_pipeline(name) else ("", "")
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, subfolder=parts[0])
-            with torch.device("cpu"):  # also where the rest of a stage is built on meta
+            if on_meta():
+                self.model = AutoModelForTextEncoding.from_config(text_config(name, parts[1]))
+            else:
+                self.tokenizer = AutoTokenizer.from_pretrained(name, subfolder=parts[0])
                 self.model = AutoModelForTextEncoding.from_pretrained(name, subfolder=parts[1])
         except (OSError, ValueError) as error:
             raise UserError(
@@ -91,6 +98,16 @@ class FrozenTextEncoder(Frozen):
     def prepare(self, captions: list[str]) -> Tensor:
         """Embeddings (B, max_tokens, dim)."""
         return self.pad(self.embed(captions))
+
+
+def text_config(name: str, subfolder: str) -> PretrainedConfig:
+    """The config of an encoder of transformers; that of Wan's is known where it is not at hand."""
+    try:
+        return AutoConfig.from_pretrained(name, subfolder=subfolder)
+    except (OSError, ValueError):
+        if not name.startswith("Wan-AI/"):
+            raise
+        return UMT5Config(**UMT5_XXL)
 
 
 def in_pipeline(name: str) -> bool:

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from encoders.base import on_meta
 from encoders.checkpoint import open_checkpoint
 from encoders.loading import Layout, build_network, load_strictly
 from encoders.published import PublishedEncoder, Spec
@@ -45,7 +46,7 @@ class TimmEncoder(PublishedEncoder):
         window: int = PASS,
         **options,
     ):
-        random, facts = weights == "random", get_pretrained_cfg(model)
+        random, facts = weights == "random" or on_meta(), get_pretrained_cfg(model)
         net = build_network(partial(network, model), None, (), torch.float32) if random else network(model)
         last = net.feature_info[-1]
         spec = Spec(

@@ -26,7 +26,8 @@ class ToyEncoder(FrozenEncoder):
     def __init__(self, weights: str, cells: int = 3, layer: int = 3):
         super().__init__()
         try:
-            self.model = VideoMAEModel.from_pretrained(weights, dtype=torch.float32)
+            with torch.device("cpu"):  # also where the rest of a stage is built on meta
+                self.model = VideoMAEModel.from_pretrained(weights, dtype=torch.float32)
         except OSError as error:
             raise UserError(f"There are no VideoMAE weights (config.json, model.safetensors) in {weights}.") from error
         config = self.model.config

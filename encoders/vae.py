@@ -21,7 +21,8 @@ def load_toy(weights: str | None) -> ToyVideoVAE:
     """From a folder; the embedded one without."""
     if weights is not None and not Path(weights).is_dir():
         raise UserError(f"There is no folder {weights}, from which the VAE toy is to be loaded.")
-    return ToyVideoVAE.from_pretrained(weights or TOY, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    with torch.device("cpu"):  # also where the rest of a stage is built on meta
+        return ToyVideoVAE.from_pretrained(weights or TOY, torch_dtype=torch.float32, low_cpu_mem_usage=False)
 
 
 VAES = {"toy": load_toy, "taef2": TAEF2.from_pretrained, "wan": WanVAE.load}  # each from weights, or its own

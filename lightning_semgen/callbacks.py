@@ -5,14 +5,16 @@ import time
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_semgen.cost import frozen_flops, step_cost, tokens
 from lightning_semgen.generator import GeneratedVideo
 from lightning_semgen.pictures import contact_sheet, evenly, file_name
+from lightning_semgen.plan import peak_flops
 from lightning_semgen.stage import Stage, reports
 from lightning_semgen.video import Video, glimpses
 
@@ -30,31 +32,60 @@ class Progress(TQDMProgressBar):
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description("training")
 
+    def get_metrics(self, trainer: Trainer, stage: LightningModule) -> dict[str, float | str]:
+        metrics = super().get_metrics(trainer, stage)
+        return {name.rpartition("/")[2]: value for name, value in metrics.items() if name != "v_num"}
+
 
 class Throughput(Callback):
-    """Logs clips/s and the share of time spent waiting for data."""
+    """Logs how fast a fit goes, what of it is waiting for data, and how much of the device it uses."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.tokens = self.flops = 0  # of a clip
+        self.peak = peak_flops(trainer.strategy.root_device)
+        if not isinstance(pl_module, Stage) or stage != "fit":
+            return
+        self.tokens = sum(count for kind, count in tokens(pl_module).items() if kind != "text")
+        if self.peak is not None:
+            self.flops = step_cost(pl_module).flops
+            self.flops += 0 if trainer.datamodule.encoded else frozen_flops(pl_module)
 
     def on_train_start(self, trainer: Trainer, stage: Stage) -> None:
-        self._begin(time.perf_counter())
+        self._begin(trainer)
 
-    def _begin(self, now: float) -> None:
-        self.since, self.last, self.clips, self.waited = now, now, 0, 0.0
+    def _begin(self, trainer: Trainer) -> None:
+        self.since = self.last = time.perf_counter()
+        self.step, self.clips, self.waited = trainer.global_step, 0, 0.0
 
     def on_train_batch_start(self, trainer: Trainer, stage: Stage, batch: dict, batch_idx: int) -> None:
         self.waited += time.perf_counter() - self.last
 
     def on_train_batch_end(self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int) -> None:
         self.clips += len(batch["caption"]) * trainer.world_size
-        self.last = now = time.perf_counter()
+        self.last = time.perf_counter()
         if reports(trainer, batch_idx):
-            elapsed = now - self.since
-            values = {"speed/clips_per_second": self.clips / elapsed, "speed/data_wait_share": self.waited / elapsed}
-            stage.log_dict(values, batch_size=1)
-            self._begin(now)
+            values = {f"speed/{name}": value for name, value in self._measured(trainer).items()}
+            stage.log_dict(values, batch_size=1, prog_bar=True)
+            self._begin(trainer)
+
+    def _measured(self, trainer: Trainer) -> dict[str, float]:
+        elapsed, device = self.last - self.since, trainer.strategy.root_device
+        values = {
+            "clips_per_second": self.clips / elapsed,
+            "step_seconds": elapsed / max(1, trainer.global_step - self.step),
+            "data_wait_share": self.waited / elapsed,
+        }
+        if self.tokens:
+            values["tokens_per_second"] = self.clips * self.tokens / elapsed
+        if self.flops:
+            values["mfu"] = self.clips * self.flops / (elapsed * self.peak * trainer.world_size)
+        if device.type == "cuda":
+            values["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        return values
 
     def on_validation_end(self, trainer: Trainer, stage: Stage) -> None:
         if not trainer.sanity_checking:
-            self._begin(time.perf_counter())  # validation is neither work nor waiting for data
+            self._begin(trainer)  # validation is neither work nor waiting for data
 
 
 class WriteResults(BasePredictionWriter):

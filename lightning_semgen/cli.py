@@ -1,5 +1,6 @@
 """The `lightning` command: LightningCLI's fit, validate, test and predict, and our own COMMANDS."""
 
+import json
 import logging
 import sys
 import warnings
@@ -8,9 +9,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from signal import SIGTERM
+from typing import Literal
 
 import torch
 from jsonargparse import Namespace, auto_cli
+from jsonargparse.typing import OpenUnitInterval, PositiveInt
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import Strategy
@@ -28,6 +31,7 @@ from lightning_semgen.doctor import doctor
 from lightning_semgen.errors import UserError
 from lightning_semgen.export import export_run
 from lightning_semgen.gallery import Gallery
+from lightning_semgen.plan import GPUS, Setting, plan, table
 from lightning_semgen.rejects import Rejects
 from lightning_semgen.runs import (
     LAST,
@@ -38,6 +42,7 @@ from lightning_semgen.runs import (
     link_clip,
     run_folder,
 )
+from lightning_semgen.stage import Stage
 
 TRAINER_DEFAULTS = {
     "check_val_every_n_epoch": None,  # the stream of training samples has no end
@@ -110,9 +115,9 @@ class SemGenCLI(LightningCLI):
         return trainer
 
 
-def run(args: list[str] | None = None, execute: bool = True) -> SemGenCLI:
+def run(args: list[str] | None = None, execute: bool = True, kind: type[SemGenCLI] = SemGenCLI) -> SemGenCLI:
     """Parses arguments and, if they are a subcommand's to execute, runs it."""
-    return SemGenCLI(
+    return kind(
         LightningModule,
         VideoDataModule,
         subclass_mode_model=True,
@@ -180,7 +185,33 @@ def export(args: list[str]) -> None:
     auto_cli(export_run, args=args, prog="lightning export")
 
 
-COMMANDS = {"pack": pack, "encode": encode, "doctor": doctor, "export": export}
+class PlanCLI(SemGenCLI):
+    """A config's stage on the meta device, without a trainer."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--gpus", type=PositiveInt | None, help="default: trainer.devices × trainer.num_nodes")
+        parser.add_argument("--gpu", type=Literal[tuple(GPUS)], default="h200", help="kind of GPU")
+        parser.add_argument("--mfu", type=OpenUnitInterval, default=0.4, help="share of the GPU's peak that is reached")
+        parser.add_argument("--json", action="store_true", help="bytes, FLOPs and seconds, for scripts")
+
+    def instantiate_classes(self) -> None:
+        with torch.device("meta"):
+            self.model = self.parser.instantiate_classes(self.config).model
+
+
+def plan_fit(args: list[str]) -> None:
+    """Says what the fit of a config will need, memory, FLOPs and time: -c CONFIG --gpus 8 --gpu h200."""
+    cli = run(args, execute=False, kind=PlanCLI)
+    options, data = cli.config, cli.config.data
+    if not isinstance(cli.model, Stage):
+        raise UserError(f"A plan is made for SemanticStage and LatentStage, not for {type(cli.model).__name__}.")
+    setting = Setting.of(options.trainer, data.batch_size, options.gpus)
+    facts = plan(cli.model, setting, data.encoded is not None, options.gpu, options.mfu)
+    print(json.dumps(facts, indent=1) if options.json else table(facts))
+
+
+COMMANDS = {"plan": plan_fit, "pack": pack, "encode": encode, "doctor": doctor, "export": export}
 
 
 def user_error(error: BaseException | None) -> UserError | None:

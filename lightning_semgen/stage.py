@@ -259,14 +259,21 @@ class Stage(LightningModule):
             return self.text.pad([self.text.empty if drop else text for drop, text in rows])
         return self.text.prepare(["" if drop else c for drop, c in zip(dropped, batch["caption"], strict=True)])
 
-    def training_flow_loss(self, z_0: Tensor, batch: dict, semantics: Semantics | None = None) -> Tensor:
-        """The training loss, a scalar, with random times and dropped prompts; logs it, also in bands of t."""
-        keys = batch["key"]
-        t = flow.logit_normal(keyed.normal(keys, "time"), self.shift_of(self.clip_of(batch)))
-        losses = self.flow_loss(self.generator, z_0, batch, t, self.prompt(batch, self.prompt_dropout), semantics)
-        self.bands.update(losses, t)
-        self.log_train(flow_loss=losses.mean())
-        return losses.mean()
+    def losses(self, batch: dict, t: Tensor, prompt: Tensor) -> dict[str, Tensor]:
+        """Of a training step at times t (B,): the flow loss (B,) and, of a compressor that is learnt, scalars."""
+        raise NotImplementedError
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """What is minimised, a scalar."""
+        return sum((self.kl_weight if name == "kl" else 1) * loss.mean() for name, loss in losses.items())
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        """The loss at random times, with dropped prompts; logs its parts, that of the flow also in bands of t."""
+        t = flow.logit_normal(keyed.normal(batch["key"], "time"), self.shift_of(self.clip_of(batch)))
+        losses = self.losses(batch, t, self.prompt(batch, self.prompt_dropout))
+        self.bands.update(losses["flow_loss"], t)
+        self.log_train(**{name: loss.mean() for name, loss in losses.items()})
+        return self.total(losses)
 
     def validation_times(self, batch: dict) -> Tensor:
         """Fixed times (B,) that fill the training distribution evenly, whatever the number of samples."""
@@ -281,13 +288,11 @@ class Stage(LightningModule):
             self.channel_statistics.update(z_sem, posterior.kl)
         return z_sem
 
-    def kl_loss(self, posterior: Posterior) -> Tensor:
-        """The compressor's weighted KL, a scalar; its samples enter the running statistics until it is frozen."""
+    def kl(self, posterior: Posterior) -> Tensor:
+        """The compressor's KL, a scalar; its samples enter the running statistics until it is frozen."""
         if self.global_step < self.compressor_steps:
             self.space.compressor.standardise.observe(posterior.z)
-        kl = posterior.kl.sum(-1).mean()
-        self.log_train(kl=kl)
-        return self.kl_weight * kl
+        return posterior.kl.sum(-1).mean()
 
     def on_train_start(self) -> None:
         self._measured = False

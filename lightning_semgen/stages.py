@@ -44,24 +44,17 @@ class SemanticStage(Stage):
     def shift_of(self, clip: Clip) -> float:
         return self.given_shift or flow.dimension_shift(len(self.space.grid_of(clip)) * self.space.channels)
 
-    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+    def losses(self, batch: dict, t: Tensor, prompt: Tensor) -> dict[str, Tensor]:
         if self.learns_compressor:
             batch = batch | {"features": self.space.features(batch)}  # which the compressor's teacher looks at too
         posterior = self.space.posterior(batch)
         z_sem = self.space.compressor.standardise(posterior.z)
-        loss = self.training_flow_loss(channels_first(z_sem.detach()), batch)
+        losses = {"flow_loss": self.flow_loss(self.generator, channels_first(z_sem.detach()), batch, t, prompt, None)}
         if not self.learns_compressor:
-            return loss
-        return loss + self.compressor_loss(batch["features"], posterior)
-
-    def compressor_loss(self, features: Tensor, posterior) -> Tensor:
-        """Feature reconstruction + KL, a scalar."""
-        kl = self.kl_loss(posterior)
-        if self.space.compressor.dim is None:
-            return kl
-        reconstruction = self.feature_decoder(posterior.z, features)
-        self.log_train(reconstruction=reconstruction)
-        return reconstruction + kl
+            return losses
+        if self.space.compressor.dim is not None:
+            losses["reconstruction"] = self.feature_decoder(posterior.z, batch["features"])
+        return losses | {"kl": self.kl(posterior)}
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         z_sem, t = channels_first(self.validation_semantics(batch)), self.validation_times(batch)
@@ -180,15 +173,15 @@ class LatentStage(Stage):
         tau = self.semantic_noise * keyed.uniform(keys, "semantic noise level")
         return torch.where(keyed.uniform(keys, "semantic dropout") < self.semantic_dropout, torch.ones_like(tau), tau)
 
-    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+    def losses(self, batch: dict, t: Tensor, prompt: Tensor) -> dict[str, Tensor]:
         if self.space is None:
-            return self.training_flow_loss(self.latents(batch), batch)
+            return {"flow_loss": self.flow_loss(self.generator, self.latents(batch), batch, t, prompt, None)}
         posterior = self.space.posterior(batch)
         z_sem = self.space.compressor.standardise(posterior.z)
         tau, grid = self.training_noise(batch["key"]), self.space.grid_of(self.clip_of(batch))
         semantics = self.noised(z_sem, batch["key"], tau, grid)
-        loss = self.training_flow_loss(self.latents(batch), batch, semantics)
-        return loss + self.kl_loss(posterior) if self.learns_compressor else loss
+        losses = {"flow_loss": self.flow_loss(self.generator, self.latents(batch), batch, t, prompt, semantics)}
+        return losses | {"kl": self.kl(posterior)} if self.learns_compressor else losses
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Flow loss, and the semantic gap: how much it grows with another clip's semantics; 0 if they are ignored."""

@@ -200,7 +200,7 @@ def test_a_run_is_a_folder(trained):
 def test_tensorboard_has_the_basics(trained):
     tags = {run: EventAccumulator(str(trained / "runs" / run)).Reload().Tags() for run in ("dim8", "latent_dim8")}
     both = {"train/flow_loss", "train/gradient_norm", "train/learning_rate", "val/flow_loss"}
-    both |= {"speed/clips_per_second", "speed/data_wait_share"}
+    both |= {f"speed/{tag}" for tag in ("clips_per_second", "tokens_per_second", "step_seconds", "data_wait_share")}
     learns = {"train/kl", "train/reconstruction", "train/compressor_learning_rate"}
     assert both | learns <= set(tags["dim8"]["scalars"])
     assert both | {"val/semantic_gap"} <= set(tags["latent_dim8"]["scalars"])

@@ -1,0 +1,183 @@
+"""What a training step costs, FLOPs and memory, counted on tensors that have shapes and devices but no content."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from lightning_semgen.stage import Stage
+from lightning_semgen.stages import LatentStage
+from lightning_semgen.transformer import VideoTransformer
+
+aten = torch.ops.aten
+FORMULAS = flop_registry | {  # which knows attention on CUDA alone
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+BLOCKS = (2, 4)  # measured of a deeper network: two layouts of windows alternate, so each further pair costs the same
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of a forward and backward pass, and the most bytes that it holds beside weights and their gradients."""
+
+    flops: int
+    activations: int
+
+
+def step_cost(stage: Stage, checkpoint_blocks: bool = False, dtype: torch.dtype = torch.float32) -> Cost:
+    """Cost of a training step on one encoded clip with the longest prompt; a batch of B costs B times as much.
+
+    Args:
+        stage: with weights on any device, meta too; it stays as it is.
+        checkpoint_blocks: in place of the stage's own.
+        dtype: of the generator's weights and of autocast.
+    """
+    transformer = stage.generator.transformer
+    depth, meters = len(transformer.blocks), []
+    counts = BLOCKS if depth > BLOCKS[-1] else (depth,)
+    mixed = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    for count in counts:
+        with _altered(transformer, count, checkpoint_blocks), mixed:
+            meters.append(_measure(_Step(stage), _encoded(stage), dtype))
+    few, more, pairs = meters[0], meters[-1], (depth - counts[-1]) / 2
+    return Cost(*(round(m + (m - f) * pairs) for f, m in ((few.flops, more.flops), (few.peak, more.peak))))
+
+
+def frozen_flops(stage: Stage) -> int:
+    """FLOPs of the frozen parts on one clip that is not encoded."""
+    clip, streams = stage.clip, {"semantic_frames": len(stage.clip.semantic_times), "frames": stage.clip.num_frames}
+    size = (3, clip.height, clip.width)
+    frames = {name: torch.empty(1, steps, *size, dtype=torch.uint8, device="meta") for name, steps in streams.items()}
+    return _measure(_Frozen(stage), frames).flops
+
+
+def tokens(stage: Stage) -> dict[str, int]:
+    """Tokens of a clip, by kind; of text at most."""
+    counts = {"text": stage.text.max_tokens}
+    if stage.space is not None:
+        counts["semantic"] = len(stage.space.grid)
+    if isinstance(stage, LatentStage):
+        counts["latent"] = prod(stage.latent_shape[1:]) // prod(stage.generator.transformer.patch)
+    return counts
+
+
+class _Step(nn.Module):
+    """A step as the forward of one module, so that `functional_call` reaches all its parameters."""
+
+    def __init__(self, stage: Stage):
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, batch: dict) -> None:
+        keys = torch.arange(len(batch["prompt"]))
+        losses = self.stage.losses(batch | {"key": keys}, torch.full(keys.shape, 0.5), batch["prompt"])
+        self.stage.total(losses).backward()
+
+
+class _Frozen(nn.Module):
+    """What the frozen parts do with clips."""
+
+    def __init__(self, stage: Stage):
+        super().__init__()
+        self.stage, self.parts = stage, nn.ModuleList(stage.frozen)
+
+    @torch.no_grad()
+    def forward(self, clips: dict) -> None:
+        if self.stage.space is not None:
+            self.stage.space.features(clips)
+        if isinstance(self.stage, LatentStage):
+            self.stage.latents(clips)
+        if not (text := self.stage.text).learnt:
+            ids = torch.zeros(1, text.max_tokens, dtype=torch.long)
+            text.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def _encoded(stage: Stage) -> dict[str, Tensor]:
+    """An encoded clip as a batch, without content but for a prompt in bytes."""
+    text, space, shapes = stage.text, stage.space, {}
+    if space is not None:
+        shapes["features"] = (len(space.grid.seconds), space.grid.height, space.grid.width, space.encoder.dim)
+    if isinstance(stage, LatentStage):
+        shapes["latents"] = stage.latent_shape
+    if not text.learnt:
+        shapes["prompt"] = (text.max_tokens, text.dim)
+    batch = {name: torch.empty(1, *shape, device="meta") for name, shape in shapes.items()}
+    return {"prompt": torch.zeros(1, text.max_bytes, dtype=torch.long)} | batch if text.learnt else batch
+
+
+def _measure(module: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype | None = None) -> "Meter":
+    """Runs a module on a batch, all its tensors replaced by fakes on the CPU; its generator's in `dtype`."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(name: str, tensor: Tensor) -> Tensor:
+        ours = dtype if name.startswith("stage.generator.") else None
+        with mode:
+            twin = torch.empty(tensor.shape, dtype=ours or tensor.dtype, requires_grad=tensor.requires_grad)
+        if twin.requires_grad:
+            twin.register_post_accumulate_grad_hook(_drop_gradient)
+        return twin
+
+    state = {name: fake(name, tensor) for name, tensor in chain(module.named_parameters(), module.named_buffers())}
+    batch = {name: fake(name, tensor) if tensor.is_meta else tensor for name, tensor in batch.items()}
+    meter = Meter()
+    with meter:
+        torch.func.functional_call(module, state, (batch,))
+    return meter
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@contextmanager
+def _altered(transformer: VideoTransformer, count: int, checkpoint_blocks: bool) -> Iterator[None]:
+    """The transformer with its first blocks alone, checkpointed or not."""
+    before = transformer.blocks, transformer.checkpoint_blocks
+    transformer.blocks, transformer.checkpoint_blocks = transformer.blocks[:count], checkpoint_blocks
+    try:
+        yield
+    finally:
+        transformer.blocks, transformer.checkpoint_blocks = before
+
+
+class Meter(TorchDispatchMode):
+    """FLOPs of what runs under it, by the formulas of torch's FlopCounterMode (which itself keeps checkpointed
+    activations alive), and the bytes of what operations made and nobody has freed, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if (formula := FORMULAS.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=output)
+        seen = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}  # views, and what is in place
+        for tensor in _tensors(output):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in seen:
+                seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return output
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
+
+def _tensors(tree) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
