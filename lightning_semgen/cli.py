@@ -20,6 +20,7 @@ from data.datamodule import VideoDataModule
 from data.pack import pack_videos
 from lightning_semgen import (
     stages,  # noqa: F401  its classes are found by their short names
+    strategies,  # noqa: F401  registers names
     toy_parts,  # noqa: F401
 )
 from lightning_semgen.board import CompareRuns, RunLogger

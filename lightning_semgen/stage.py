@@ -11,6 +11,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from data.clip import Clip
 from encoders.base import Frozen
@@ -23,6 +24,7 @@ from lightning_semgen.metrics import Adherence, ChannelStatistics, TimeBands
 from lightning_semgen.pretrained import LATENTS_PER_SECOND, load_wan
 from lightning_semgen.runs import LAST, load_stage
 from lightning_semgen.semantics import SemanticSpace
+from lightning_semgen.strategies import named, shard, total_norm
 from lightning_semgen.transformer import Semantics, VideoTransformer, size_of
 
 
@@ -161,6 +163,10 @@ class Stage(LightningModule):
             load_wan(self.generator.transformer, self.init_from)
             self.ema.load_state_dict(self.generator.state_dict())
 
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # under fsdp2
+            shard(self)
+
     def load_compressor(self) -> None:
         """A frozen compressor's weights, from the checkpoint that this stage starts from or the run that learnt it."""
         if self.space is not None and self.space.run:
@@ -279,10 +285,21 @@ class Stage(LightningModule):
             self._measured = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.generator.parameters() if p.grad is not None]
-        self.log_train(gradient_norm=torch.nn.utils.get_total_norm(gradients))
+        self.log_train(gradient_norm=total_norm(self.generator.parameters(), self.trainer.strategy.model))
         if self.learns_compressor and self.global_step < self.compressor_steps:
             self.space.compressor.standardise.update()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        model = self.trainer.strategy.model
+        if gradient_clip_val and gradient_clip_algorithm != "value" and isinstance(model, FullyShardedDataParallel):
+            model.clip_grad_norm_(gradient_clip_val)  # Lightning leaves it to us
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -300,8 +317,8 @@ class Stage(LightningModule):
                 f"trainer.max_steps {steps} ends before the compressor is frozen: model.compressor_steps,"
                 f" {self.compressor_steps}, must be less."
             )
-        trained = list(self.generator.parameters())
-        known = set(trained)
+        trained = list(self.generator.named_parameters())
+        known = {parameter for _, parameter in trained}
         others = [p for p in self.parameters() if p.requires_grad and p not in known]  # the compressor, and its teacher
         return adamw(trained, others, self.lr, self.weight_decay, self.warmup_steps, steps, self.compressor_steps)
 
@@ -324,6 +341,9 @@ class Stage(LightningModule):
         frozen = not self.learns_compressor or self.global_step > self.compressor_steps
         checkpoint["fingerprint"] = self.fingerprint()
         checkpoint["semantics"] = {"encoder": "none"} if self.space is None else self.space.facts | {"frozen": frozen}
+        if "optimizer_states" in checkpoint and self.trainer.strategy.lightning_restore_optimizer:  # else they are named
+            states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
+            checkpoint["optimizer_states"] = [named(state, optimizer, self) for state, optimizer in states]
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """UserError where the frozen parts are not those that the run was trained with."""
