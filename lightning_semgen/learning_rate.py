@@ -27,7 +27,8 @@ def adamw(
 ) -> dict:
     """Optimiser and schedule as Lightning takes them; the compressor's group is the last, if it learns at all.
 
-    What decays is told by names, since FSDP has flat pieces in place of matrices. The compressor's end is a learning rate of 0 rather than a missing gradient: DDP and FSDP see one graph at every step.
+    What decays is told by names, since FSDP has flat pieces in place of matrices. The compressor's end is a learning
+    rate of 0 rather than a missing gradient: DDP and FSDP see one graph at every step.
     """
     decays, stays = [], []
     for name, parameter in generator:

@@ -244,12 +244,11 @@ class Stage(LightningModule):
         return self.text.prepare(["" if drop else c for drop, c in zip(dropped, batch["caption"], strict=True)])
 
     def training_flow_loss(self, z_0: Tensor, batch: dict, semantics: Semantics | None = None) -> Tensor:
-        """The training loss, a scalar, with random times and dropped prompts; logs it, also in bands of t."""
+        """The training loss, a scalar, with random times and dropped prompts; it enters the curves of flow loss."""
         keys = batch["key"]
         t = flow.logit_normal(keyed.normal(keys, "time"), self.shift)
         losses = self.flow_loss(self.generator, z_0, batch, t, self.prompt(batch, self.prompt_dropout), semantics)
         self.bands.update(losses, t)
-        self.log_train(flow_loss=losses.mean())
         return losses.mean()
 
     def validation_times(self, batch: dict) -> Tensor:
@@ -279,9 +278,10 @@ class Stage(LightningModule):
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         if self.learns_compressor and self.global_step == self.compressor_steps and not self._measured:
             data = self.trainer.datamodule
-            stream = data.stream(lambda: data.delivered)
+            share = data.batch_size * self.trainer.world_size
+            stream = data.stream(lambda: data.delivered - share)  # from the batch at hand
             batches = (move_data_to_device(batch, self.device) for batch in stream)
-            self.space.measure(batches, len(stream.dataset.clips), data.batch_size * self.trainer.world_size)
+            self.space.measure(batches, len(stream.dataset.clips), share)
             self._measured = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -328,8 +328,18 @@ class Stage(LightningModule):
         if len(rates) == 3:
             self.log_train(compressor_learning_rate=rates[2])
         if reports(self.trainer, batch_idx):
-            self.log_train(**{f"flow_loss {band}": value for band, value in self.bands.compute().items()})
+            self.log_train(**{f"flow_loss {band}".strip(): mean for band, mean in self.flow_losses().items()})
             self.bands.reset()
+
+    def flow_losses(self) -> dict[str, Tensor]:
+        """Those since the last report, of all ranks, by band of t; UserError where one of them was not finite."""
+        losses = self.bands.compute()
+        if not losses[""].isfinite():
+            raise UserError(
+                f"The training loss was not finite in the steps up to {self.global_step}: lower model.lr or set"
+                " trainer.gradient_clip_val, and go on from the last checkpoint with --ckpt_path last."
+            )
+        return losses
 
     def log_train(self, **values: Tensor | float) -> None:
         for name, value in values.items():
@@ -338,10 +348,14 @@ class Stage(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        if self.bands.update_called:
+            self.flow_losses()  # a run that has diverged does not overwrite its last checkpoint
         frozen = not self.learns_compressor or self.global_step > self.compressor_steps
         checkpoint["fingerprint"] = self.fingerprint()
         checkpoint["semantics"] = {"encoder": "none"} if self.space is None else self.space.facts | {"frozen": frozen}
-        if "optimizer_states" in checkpoint and self.trainer.strategy.lightning_restore_optimizer:  # else they are named
+        if (
+            "optimizer_states" in checkpoint and self.trainer.strategy.lightning_restore_optimizer
+        ):  # else they are named
             states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
             checkpoint["optimizer_states"] = [named(state, optimizer, self) for state, optimizer in states]
 

@@ -1,7 +1,11 @@
-"""Several ranks learn what one process learns, under every strategy, and read each other's checkpoints."""
+"""Two ranks learn what one process learns, under every strategy, and each reads the other's checkpoints."""
 
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,54 +16,109 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_semgen.cli import main
 from lightning_semgen.runs import load_checkpoint
 
-STEPS = 20
+HALF, WHOLE = 10, 20
 FIT = (
     "fit", "-c", f"{CONFIGS}/dim8.yaml", *SMALL, "--trainer.log_every_n_steps=1", "--trainer.gradient_clip_val=0.5",
-    "--model.compressor_steps=6", "--model.warmup_steps=5", "--trainer.val_check_interval=10",
+    "--model.compressor_steps=6", "--model.warmup_steps=5",
+)  # fmt: skip
+# Steps of 4 clips all the same: 2 ranks × 2 batches of 1 clip.
+ON_ONE = ("--data.batch_size=4", "--trainer.val_check_interval=10", "--trainer.limit_val_batches=1")
+ON_TWO = (
+    "--data.batch_size=1", "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=20",
+    "--trainer.limit_val_batches=2",
 )  # fmt: skip
 
 
-def fit(run: str, batch_size: int, steps: int = STEPS) -> tuple[str, ...]:
-    return (*FIT, f"--trainer.default_root_dir={run}", f"--data.batch_size={batch_size}", f"--trainer.max_steps={steps}")
+def fit(run: str, steps: int) -> tuple[str, ...]:
+    resume = ("--ckpt_path=last",) if Path(run).exists() else ()
+    return (*FIT, f"--trainer.default_root_dir={run}", f"--trainer.max_steps={steps}", *resume)
+
+
+def on_one(*args: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_semgen.semantics.MEASURED_CLIPS", 16)
+        patch.setattr(sys, "argv", ["lightning", *args, *ON_ONE])
+        main()
 
 
 @pytest.fixture(scope="module")
 def fitted(shards, tmp_path_factory) -> Path:
-    """A folder with a run of one process on batches of 4."""
+    """A folder with a run of one process: after half of the steps, and at the end."""
     folder = see(shards, tmp_path_factory.mktemp("strategies"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_semgen.semantics.MEASURED_CLIPS", 16)
         patch.chdir(folder)
-        patch.setattr(sys, "argv", ["lightning", *fit("one", 4)])
-        main()
+        on_one(*fit("half", HALF))
+        shutil.copytree("half", "whole")
+        on_one(*fit("whole", WHOLE))
     return folder
 
 
 @pytest.fixture
-def one(fitted, monkeypatch) -> str:
+def runs(fitted, monkeypatch) -> None:
     monkeypatch.chdir(fitted)
-    return "one"
 
 
 def curves(run: str) -> dict[str, list[float]]:
     events = EventAccumulator(run).Reload()
-    return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    tags = [
+        tag for tag in events.Tags()["scalars"] if tag.startswith(("train/flow_loss", "train/grad", "val", "z_sem"))
+    ]
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
 
 
 def check_same(run: str, other: str) -> None:
+    """The same to the rounding of sums in another order, of which the steps of AdamW make a little more."""
     first, second = (load_checkpoint(folder) for folder in (run, other))
-    assert first["global_step"] == second["global_step"] == STEPS
+    assert first["global_step"] == second["global_step"]
+    assert first["VideoDataModule"] == second["VideoDataModule"]
     assert first["state_dict"].keys() == second["state_dict"].keys()
     for name, tensor in first["state_dict"].items():
-        print(name, (second["state_dict"][name].double() - tensor.double()).abs().max().item())
-        #torch.testing.assert_close(second["state_dict"][name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+        torch.testing.assert_close(second["state_dict"][name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+    moments = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (first, second)]
+    assert moments[0].keys() == moments[1].keys()
+    for name, state in moments[0].items():
+        torch.testing.assert_close(moments[1][name]["exp_avg"], state["exp_avg"], rtol=1e-3, atol=1e-5, msg=name)
+    one, two = curves(run), curves(other)
+    assert one.keys() == two.keys() and len(one["val/flow_loss"]) == first["global_step"] // 10
+    for name, values in one.items():
+        assert two[name] == pytest.approx(values, rel=1e-3), name
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks_learn_what_one_process_learns(strategy, one):
-    on_two_ranks(*fit(strategy, 2), f"--trainer.strategy={strategy}")
-    check_same(one, strategy)
-    expected, found = curves(one), curves(strategy)
-    for name in expected:
-        print(name, expected[name][-3:], found[name][-3:])
-    assert 0
+def test_two_ranks_learn_what_one_process_learns(strategy, runs):
+    two = (*ON_TWO, f"--trainer.strategy={strategy}")
+    on_two_ranks(*fit(strategy, HALF), *two)
+    check_same("half", strategy)
+    on_one(*fit(strategy, WHOLE))
+    check_same("whole", strategy)
+    shutil.copytree("half", f"half_{strategy}")
+    on_two_ranks(*fit(f"half_{strategy}", WHOLE), *two)
+    check_same("whole", f"half_{strategy}")
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(runs, fails):
+    options = ("--model.lr=1e30", "--trainer.log_every_n_steps=50", "--checkpoint.every_n_train_steps=1")
+    said = fails(*fit("diverged", WHOLE), *options, small=False)
+    assert "was not finite in the steps up to 2" in said and "model.lr" in said
+    assert load_checkpoint("diverged")["global_step"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_signal_stops_all_ranks_and_the_run_goes_on(strategy, runs):
+    run = f"signalled_{strategy}"
+    shutil.copytree("half", run)
+    options = (*ON_TWO, f"--trainer.strategy={strategy}", "--trainer.accelerator=cpu", "--trainer.devices=2")
+    command = [sys.executable, "-m", "lightning_semgen", *fit(run, 200), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIGS.parent)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    events = len(list(Path(run).glob("events*")))
+    while len(list(Path(run).glob("events*"))) == events and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(3)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait() == os.EX_TEMPFAIL
+    step = load_checkpoint(run)["global_step"]
+    assert HALF < step < 200
+    on_one(*fit(run, step + 2))
+    assert load_checkpoint(run)["global_step"] == step + 2
