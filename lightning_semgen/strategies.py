@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -49,6 +49,10 @@ class FSDP(NamedOptimizerState, FSDPStrategy):
     def mixed_precision_config(self) -> None:
         """Autocast does it all: FSDP's own would have averages and statistics follow trainer.precision too."""
         return None
+
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        self.model.check_is_root()  # settles it before a part is called by itself, as for measuring the semantics
 
 
 class FSDP2(NamedOptimizerState, ModelParallelStrategy):
