@@ -31,8 +31,11 @@ demo: install  ## toy videos, both stages from scratch, samples, numbers and pic
 test: install  ## the tests
 	$(BIN)/python -m pytest
 
+test-gpu: install  ## the tests that need GPUs, on all there are
+	$(BIN)/python -m pytest tests/gpu
+
 lint: install  ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-.PHONY: help install demo test lint
+.PHONY: help install demo test test-gpu lint

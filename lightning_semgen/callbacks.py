@@ -1,8 +1,11 @@
 """Progress and speed of a run, and what predict and test leave behind."""
 
 import json
+import os
+import sys
 import time
 from pathlib import Path
+from signal import SIGUSR1, signal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,6 +18,7 @@ from lightning_semgen.cost import frozen_flops, step_cost, tokens
 from lightning_semgen.generator import GeneratedVideo
 from lightning_semgen.pictures import contact_sheet, evenly, file_name
 from lightning_semgen.plan import peak_flops
+from lightning_semgen.runs import LAST
 from lightning_semgen.stage import Stage, reports
 from lightning_semgen.video import Video, glimpses
 
@@ -86,6 +90,24 @@ class Throughput(Callback):
     def on_validation_end(self, trainer: Trainer, stage: Stage) -> None:
         if not trainer.sanity_checking:
             self._begin(trainer)  # validation is neither work nor waiting for data
+
+
+class StopOnSignal(Callback):
+    """SIGUSR1 to any rank: at the next report all save the run together and end with code 75, "try again"."""
+
+    def setup(self, trainer: Trainer, pl_module: Stage, stage: str) -> None:
+        self.asked = False
+        if stage == "fit":
+            signal(SIGUSR1, self._ask)  # before Lightning's, which would save elsewhere and leaves ours in place
+
+    def _ask(self, *_) -> None:
+        self.asked = True
+
+    def on_train_batch_end(self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int) -> None:
+        if reports(trainer, batch_idx) and trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / LAST, weights_only=False)
+            rank_zero_info(f"Stopped by SIGUSR1 at step {trainer.global_step}: go on with --ckpt_path last.")
+            sys.exit(os.EX_TEMPFAIL)
 
 
 class WriteResults(BasePredictionWriter):

@@ -23,10 +23,11 @@ from data.datamodule import VideoDataModule
 from data.pack import pack_videos
 from lightning_semgen import (
     stages,  # noqa: F401  its classes are found by their short names
+    strategies,  # noqa: F401  registers names
     toy_parts,  # noqa: F401
 )
 from lightning_semgen.board import CompareRuns, RunLogger
-from lightning_semgen.callbacks import Progress, ReferenceSheet, Throughput, WriteResults
+from lightning_semgen.callbacks import Progress, ReferenceSheet, StopOnSignal, Throughput, WriteResults
 from lightning_semgen.doctor import doctor
 from lightning_semgen.errors import UserError
 from lightning_semgen.export import export_run
@@ -96,7 +97,15 @@ class SemGenCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         config = self._get(self.config_init, "trainer")
         run = Path(config.default_root_dir)
-        callbacks = [Throughput(), Rejects(), Gallery(), CompareRuns(), WriteResults(), ReferenceSheet()]
+        callbacks = [
+            Throughput(),
+            Rejects(),
+            Gallery(),
+            CompareRuns(),
+            WriteResults(),
+            ReferenceSheet(),
+            StopOnSignal(),
+        ]
         if config.enable_progress_bar is not False:
             callbacks.append(Progress())
         config.callbacks = [*(config.callbacks or []), *callbacks]
@@ -224,6 +233,7 @@ def user_error(error: BaseException | None) -> UserError | None:
 def hush() -> None:
     """Silences what tells a user of this command nothing."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")  # of FSDP2; none is changed in place
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _mlp(wide_in: int, hidden: int, wide_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(wide_in, hidden), nn.GELU(), nn.Linear(hidden, wide_out))
+class MLP(nn.Sequential):
+    """One hidden layer."""
+
+    def __init__(self, wide_in: int, hidden: int, wide_out: int):
+        super().__init__(nn.Linear(wide_in, hidden), nn.GELU(), nn.Linear(hidden, wide_out))
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Compressor(nn.Module):
         super().__init__()
         self.features, self.dim = features, dim
         self.channels = features if dim is None else dim
-        self.mlp = None if dim is None else _mlp(features, hidden, 2 * dim)
+        self.mlp = None if dim is None else MLP(features, hidden, 2 * dim)
         self.standardise = Standardiser(self.channels)
 
     def moments(self, features: Tensor) -> Tensor:
@@ -94,7 +97,7 @@ class FeatureDecoder(nn.Module):
 
     def __init__(self, dim: int, features: int, hidden: int = 512):
         super().__init__()
-        self.mlp = _mlp(dim, hidden, features)
+        self.mlp = MLP(dim, hidden, features)
 
     def forward(self, z: Tensor, features: Tensor) -> Tensor:
         """The reconstruction loss, a scalar."""

@@ -1,6 +1,8 @@
 """AdamW, and how the learning rates of generator and compressor rise and fall."""
 
 import math
+import re
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -15,7 +17,7 @@ def factor(step: int, warmup: int, end: int) -> float:
 
 
 def adamw(
-    generator: list[nn.Parameter],
+    generator: Iterable[tuple[str, nn.Parameter]],
     compressor: list[nn.Parameter],
     lr: float,
     weight_decay: float,
@@ -25,12 +27,13 @@ def adamw(
 ) -> dict:
     """Optimiser and schedule as Lightning takes them; the compressor's group is the last, if it learns at all.
 
-    Its end is a learning rate of 0 rather than a missing gradient: DDP and FSDP see one graph at every step.
+    What decays is told by names, since FSDP has flat pieces in place of matrices. The compressor's end is a learning
+    rate of 0 rather than a missing gradient: DDP and FSDP see one graph at every step.
     """
-    groups = [
-        {"params": [p for p in generator if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in generator if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    decays, stays = [], []
+    for name, parameter in generator:
+        (stays if re.search(r"bias$|norm[^.]*\.weight$", name) else decays).append(parameter)
+    groups = [{"params": decays, "weight_decay": weight_decay}, {"params": stays, "weight_decay": 0.0}]
     factors = [partial(factor, warmup=warmup, end=steps)] * 2
     if compressor:
         groups.append({"params": compressor, "weight_decay": 0.0})

@@ -11,7 +11,7 @@ from data.checker import Reading, read_scenes, read_video
 
 
 class TimeBands(Metric):
-    """Mean of per-sample values in equal bands of t; `compute` leaves out bands without samples."""
+    """Mean of per-sample values, of all ranks, and in equal bands of t; `compute` leaves out bands without samples."""
 
     def __init__(self, bands: int = 4):
         super().__init__()
@@ -26,8 +26,10 @@ class TimeBands(Metric):
         self.count.index_add_(0, band, torch.ones_like(t, dtype=self.count.dtype))
 
     def compute(self) -> dict[str, Tensor]:
+        """ "", the mean of all, and "t 0.00-0.25", …"""
         edges = [f"t {band / self.bands:.2f}-{(band + 1) / self.bands:.2f}" for band in range(self.bands)]
-        return {e: t / c for e, t, c in zip(edges, self.total, self.count, strict=True) if c > 0}
+        means = {e: t / c for e, t, c in zip(edges, self.total, self.count, strict=True) if c > 0}
+        return {"": self.total.sum() / self.count.sum()} | means
 
 
 class ChannelStatistics(Metric):

@@ -12,6 +12,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from data.clip import Clip
 from encoders.base import Frozen
@@ -24,6 +25,7 @@ from lightning_semgen.metrics import Adherence, ChannelStatistics, TimeBands
 from lightning_semgen.pretrained import LATENTS_PER_SECOND, load_wan
 from lightning_semgen.runs import LAST, load_stage
 from lightning_semgen.semantics import SemanticSpace
+from lightning_semgen.strategies import named, shard, total_norm
 from lightning_semgen.transformer import Semantics, VideoTransformer, size_of
 from lightning_semgen.video import Video
 
@@ -163,6 +165,10 @@ class Stage(LightningModule):
             load_wan(self.generator.transformer, self.init_from)
             self.ema.load_state_dict(self.generator.state_dict())
 
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # under fsdp2
+            shard(self)
+
     def load_compressor(self) -> None:
         """A frozen compressor's weights, from the checkpoint that this stage starts from or the run that learnt it."""
         if self.space is not None and self.space.run:
@@ -268,11 +274,11 @@ class Stage(LightningModule):
         return sum((self.kl_weight if name == "kl" else 1) * loss.mean() for name, loss in losses.items())
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """The loss at random times, with dropped prompts; logs its parts, that of the flow also in bands of t."""
+        """The loss at random times, with dropped prompts; that of the flow enters its curves."""
         t = flow.logit_normal(keyed.normal(batch["key"], "time"), self.shift_of(self.clip_of(batch)))
         losses = self.losses(batch, t, self.prompt(batch, self.prompt_dropout))
         self.bands.update(losses["flow_loss"], t)
-        self.log_train(**{name: loss.mean() for name, loss in losses.items()})
+        self.log_train(**{name: loss for name, loss in losses.items() if name != "flow_loss"})
         return self.total(losses)
 
     def validation_times(self, batch: dict) -> Tensor:
@@ -300,16 +306,28 @@ class Stage(LightningModule):
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         if self.learns_compressor and self.global_step == self.compressor_steps and not self._measured:
             data = self.trainer.datamodule
-            stream = data.stream(lambda: data.delivered)
+            share = data.batch_size * self.trainer.world_size
+            stream = data.stream(lambda: data.delivered - share)  # from the batch at hand
             batches = (move_data_to_device(batch, self.device) for batch in stream)
-            self.space.measure(batches, len(stream.dataset.clips), data.batch_size * self.trainer.world_size)
+            self.space.measure(batches, len(stream.dataset.clips), share)
             self._measured = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.generator.parameters() if p.grad is not None]
-        self.log_train(gradient_norm=torch.nn.utils.get_total_norm(gradients))
+        self.log_train(gradient_norm=total_norm(self.generator.parameters(), self.trainer.strategy.model))
         if self.learns_compressor and self.global_step < self.compressor_steps:
             self.space.compressor.standardise.update()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        model = self.trainer.strategy.model
+        if gradient_clip_val and gradient_clip_algorithm != "value" and isinstance(model, FullyShardedDataParallel):
+            model.clip_grad_norm_(gradient_clip_val)  # Lightning leaves it to us
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -327,8 +345,8 @@ class Stage(LightningModule):
                 f"trainer.max_steps {steps} ends before the compressor is frozen: model.compressor_steps,"
                 f" {self.compressor_steps}, must be less."
             )
-        trained = list(self.generator.parameters())
-        known = set(trained)
+        trained = list(self.generator.named_parameters())
+        known = {parameter for _, parameter in trained}
         others = [p for p in self.parameters() if p.requires_grad and p not in known]  # the compressor, and its teacher
         return adamw(trained, others, self.lr, self.weight_decay, self.warmup_steps, steps, self.compressor_steps)
 
@@ -338,8 +356,18 @@ class Stage(LightningModule):
         if len(rates) == 3:
             self.log_train(compressor_learning_rate=rates[2])
         if reports(self.trainer, batch_idx):
-            self.log_train(**{f"flow_loss {band}": value for band, value in self.bands.compute().items()})
+            self.log_train(**{f"flow_loss {band}".strip(): mean for band, mean in self.flow_losses().items()})
             self.bands.reset()
+
+    def flow_losses(self) -> dict[str, Tensor]:
+        """Those since the last report, of all ranks, by band of t; UserError where one of them was not finite."""
+        losses = self.bands.compute()
+        if not losses[""].isfinite():
+            raise UserError(
+                f"The training loss was not finite in the steps up to {self.global_step}: lower model.lr or set"
+                " trainer.gradient_clip_val, and go on from the last checkpoint with --ckpt_path last."
+            )
+        return losses
 
     def log_train(self, **values: Tensor | float) -> None:
         for name, value in values.items():
@@ -348,9 +376,16 @@ class Stage(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        if self.bands.update_called:
+            self.flow_losses()  # a run that has diverged does not overwrite its last checkpoint
         frozen = not self.learns_compressor or self.global_step > self.compressor_steps
         checkpoint["fingerprint"] = self.fingerprint()
         checkpoint["semantics"] = {"encoder": "none"} if self.space is None else self.space.facts | {"frozen": frozen}
+        if (
+            "optimizer_states" in checkpoint and self.trainer.strategy.lightning_restore_optimizer
+        ):  # else they are named
+            states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
+            checkpoint["optimizer_states"] = [named(state, optimizer, self) for state, optimizer in states]
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """UserError where the frozen parts are not those that the run was trained with."""

@@ -1,11 +1,13 @@
 """Toy shards made once, and the command run in this process."""
 
 import os
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing import start_processes
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
@@ -80,6 +82,24 @@ def lightning(monkeypatch):
         main()
 
     return command
+
+
+def _rank(rank: int, port: int, args: list[str]) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
+    sys.argv = ["lightning", *args]
+    main()
+
+
+def on_two_ranks(*args: str) -> None:
+    """Runs the command in two processes that find each other as those of torchrun do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
+    start_processes(_rank, (port, [*args, *devices]), nprocs=2, start_method="fork")
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_bands_of_t_hold_the_means_of_their_samples():
     bands = TimeBands()
     bands.update(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.2]))
     bands.update(torch.tensor([5.0]), torch.tensor([1.0]))
-    assert bands.compute() == {"t 0.00-0.25": 2.0, "t 0.75-1.00": 5.0}
+    assert bands.compute() == {"": 3.0, "t 0.00-0.25": 2.0, "t 0.75-1.00": 5.0}
 
 
 def test_adherence_counts_right_attributes():

@@ -1,0 +1,107 @@
+"""Sharded training by name: `trainer.strategy` fsdp, fsdp_hybrid, fsdp2 and fsdp2_hybrid.
+
+A stage's weights, their EMA twin and the optimiser's moments are spread over all GPUs; the hybrid forms spread them
+over those of a node and keep a copy in each node.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from encoders.text import ByteTextEncoder
+from lightning_semgen.compressor import MLP
+from lightning_semgen.transformer import Block, VideoTransformer
+
+# Each is gathered as a whole when it is called. Together they hold every parameter of a stage, since what is called
+# outside of training_step, as sampling is, is gathered by none of the modules around it.
+GATHERED = {Block, VideoTransformer, ByteTextEncoder, MLP}
+
+
+class NamedOptimizerState:
+    """Optimiser states by the parameters' names: Lightning's own numbers count also what is not in the optimiser."""
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """All of it on the first rank, nothing on the others."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_optimizer_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer), options=options)
+
+
+class FSDP(NamedOptimizerState, FSDPStrategy):
+    """Lightning's FSDPStrategy, wrapped part by part.
+
+    Args:
+        hybrid: whether each node keeps a copy of its own.
+    """
+
+    def __init__(self, hybrid: bool = False, **options):
+        sharding = "HYBRID_SHARD" if hybrid else "FULL_SHARD"
+        super().__init__(auto_wrap_policy=GATHERED, sharding_strategy=sharding, **options)
+
+    @property
+    def mixed_precision_config(self) -> None:
+        """Autocast does it all: FSDP's own would have averages and statistics follow trainer.precision too."""
+        return None
+
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        self.model.check_is_root()  # settles it before a part is called by itself, as for measuring the semantics
+
+
+class FSDP2(NamedOptimizerState, ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy as data parallelism alone; the stage shards itself by `shard`.
+
+    Args:
+        hybrid: whether each node keeps a copy of its own.
+    """
+
+    def __init__(self, hybrid: bool = False, **options):
+        super().__init__(save_distributed_checkpoint=False, **options)
+        self.hybrid = hybrid
+
+    def setup_environment(self) -> None:
+        # Lightning's "auto" is nodes × GPUs of a node, which is what hybrid sharding takes.
+        if not self.hybrid:
+            self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+
+for name, strategy in {"fsdp": FSDP, "fsdp2": FSDP2}.items():
+    StrategyRegistry.register(name, strategy, override=True)
+    StrategyRegistry.register(f"{name}_hybrid", strategy, hybrid=True)
+
+
+def shard(stage: LightningModule) -> None:
+    """Spreads the parameters of a stage over its device mesh, once."""
+    hybrid = stage.trainer.strategy.hybrid
+    mesh = stage.device_mesh if hybrid else stage.device_mesh["data_parallel"]
+    for module in reversed(list(stage.modules())):  # inner ones first
+        if type(module) in GATHERED:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def total_norm(parameters: Iterable[nn.Parameter], model: nn.Module) -> Tensor:
+    """2-norm of all gradients, a scalar, the same on all ranks; `model` is what the strategy has made of the stage."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        return norm.full_tensor()
+    if isinstance(model, FullyShardedDataParallel):  # gradients are flat pieces, each on one rank of the group
+        square = norm.square()
+        torch.distributed.all_reduce(square, group=model.process_group)
+        return square.sqrt()
+    return norm
+
+
+def named(state: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """An optimiser's state dict with the names of parameters in place of numbers, so that any strategy reads it."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [group | {"params": [order[number] for number in group["params"]]} for group in state["param_groups"]]
+    return {"state": {order[number]: values for number, values in state["state"].items()}, "param_groups": groups}
