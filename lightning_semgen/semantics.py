@@ -5,6 +5,7 @@ from math import ceil
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 
 from data.clip import Clip
@@ -98,7 +99,8 @@ class SemanticSpace(nn.Module):
         """UserError unless both give the same semantics at the same times."""
         if self.grid != other.grid:
             raise UserError(f"The semantics of {run} are on the grid {other.grid}, those of this run on {self.grid}.")
-        mine, theirs = self.state_dict(), other.state_dict()
+        mine = get_model_state_dict(self, options=StateDictOptions(full_state_dict=True))  # it may be sharded
+        theirs = other.state_dict()
         if mine.keys() != theirs.keys() or not all(torch.equal(mine[k], theirs[k].to(mine[k])) for k in mine):
             raise UserError(
                 f"The compressor of {run} is not the one that this run was trained with, so their semantics do not"

@@ -84,22 +84,24 @@ def lightning(monkeypatch):
     return command
 
 
-def _rank(rank: int, port: int, args: list[str]) -> None:
+def _rank(rank: int, port: int, nodes: int, args: list[str]) -> None:
+    node, local_rank = divmod(rank, 2 // nodes)
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+        "RANK": str(rank), "LOCAL_RANK": str(local_rank), "GROUP_RANK": str(node), "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": str(2 // nodes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
     }  # fmt: skip
     sys.argv = ["lightning", *args]
     main()
 
 
-def on_two_ranks(*args: str) -> None:
+def on_two_ranks(*args: str, nodes: int = 1) -> None:
     """Runs the command in two processes that find each other as those of torchrun do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
-    start_processes(_rank, (port, [*args, *devices]), nprocs=2, start_method="fork")
+    devices = ["--trainer.accelerator=cpu", f"--trainer.num_nodes={nodes}", f"--trainer.devices={2 // nodes}"]
+    start_processes(_rank, (port, nodes, [*args, *devices]), nprocs=2, start_method="fork")
 
 
 @pytest.fixture

@@ -104,6 +104,31 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(runs, fails):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_both_stages_of_a_sharded_run_make_videos(precision, runs):
+    options = ("--trainer.strategy=fsdp2", f"--trainer.precision={precision}")
+    semantic, latent = f"semantic_{precision}", f"latent_{precision}"
+    on_two_ranks(*fit(semantic, 6, 2, 6, *options))
+    config = ("-c", f"{CONFIGS}/latent_dim8.yaml", f"--model.compressor={semantic}", "--data.encoded=null")
+    on_two_ranks(*fit(latent, 3, 2, 3, *config, *options))
+    state = load_checkpoint(latent)["state_dict"]
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    generator = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert state["generator.transformer.proj_out.weight"].dtype == generator
+    assert state["ema.transformer.proj_out.weight"].dtype == torch.float32
+    assert state["space.compressor.standardise.var"].dtype == torch.float32
+    assert "gallery/videos" in EventAccumulator(latent).Reload().Tags()["images"]
+    on_two_ranks("test", "-c", f"{latent}/config.yaml", *SMALL, *options, "--trainer.limit_test_batches=1")
+    assert len(list(Path(latent, "test").glob("*.mp4"))) == 4
+
+
+@pytest.mark.slow
+def test_nodes_that_keep_a_copy_each(runs):
+    on_two_ranks(*fit("copies", HALF, 2, HALF, "--trainer.strategy=fsdp2_hybrid"), nodes=2)
+    check_same("half", "copies")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_signal_stops_all_ranks_and_the_run_goes_on(strategy, runs):
     run = f"signalled_{strategy}"
