@@ -93,7 +93,7 @@ def test_deep_networks_are_measured_by_few_blocks(monkeypatch):
 @pytest.mark.slow
 def test_the_papers_setting_is_planned_without_its_weights(lightning, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = ("-c", f"{CONFIGS}/paper/latent_dim8.yaml")
+    config = ("-c", f"{CONFIGS}/paper/latent_dim8.yaml", "--model.checkpoint_blocks=false")
     one, eight = (plan(lightning, capsys, *config, f"--gpus={gpus}", "--gpu=h100") for gpus in (1, 8))
     assert one["tokens"] == {"text": 512, "semantic": 4 * 17 * 30, "latent": 31 * 30 * 52}
     assert one["parameters"]["trained"] == pytest.approx(1.42e9, rel=0.01)
