@@ -147,6 +147,7 @@ def test_several_configs_are_encoded_in_one_pass(workspace, lightning, fails):
     assert "data.num_frames is 49 in one config and 97 in another" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--model.encoder=none"], ["--model.encoder=vae", "--model.compressor=learn"]])
 def test_the_papers_baselines_run_online(workspace, lightning, options):
     fit = (
