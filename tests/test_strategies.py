@@ -83,7 +83,8 @@ def check_same(run: str, other: str) -> None:
         assert two[name] == pytest.approx(values, rel=1e-3), name
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_learn_what_one_process_learns(strategy, runs):
     two = f"--trainer.strategy={strategy}"
     accumulate = ("--trainer.accumulate_grad_batches=2", "--trainer.limit_val_batches=2")

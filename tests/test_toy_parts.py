@@ -58,6 +58,7 @@ def test_latents_and_frames_do_not_see_the_future(vae, step):
     assert not torch.allclose(shown[:, :, 4 * step + 1], other[:, :, 4 * step + 1])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_shipped_vae_reconstructs_heldout_clips_also_from_noisy_latents(vae):
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
