@@ -381,8 +381,8 @@ class Stage(LightningModule):
         frozen = not self.learns_compressor or self.global_step > self.compressor_steps
         checkpoint["fingerprint"] = self.fingerprint()
         checkpoint["semantics"] = {"encoder": "none"} if self.space is None else self.space.facts | {"frozen": frozen}
-        numbered = self.trainer.strategy.lightning_restore_optimizer  # the sharded strategies name them
-        if numbered and "optimizer_states" in checkpoint:
+        # The sharded strategies name what is in the optimiser themselves.
+        if "optimizer_states" in checkpoint and self.trainer.strategy.lightning_restore_optimizer:
             states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
             checkpoint["optimizer_states"] = [named(state, optimizer, self) for state, optimizer in states]
 
