@@ -1,5 +1,7 @@
 """Training in bfloat16: which tensors follow trainer.precision and which never do."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import CONFIGS
@@ -44,6 +46,7 @@ def test_noise_does_not_follow_the_default_precision():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("config", ["dim8", "baseline_ct_swin"])
 def test_a_fit_with_compiled_and_checkpointed_blocks(config, workspace, lightning):
     options = ("--model.compile_blocks=true", "--model.checkpoint_blocks=true", "--trainer.precision=bf16-mixed")
