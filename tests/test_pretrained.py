@@ -40,8 +40,8 @@ def ours(size: Size = TINY, channels: int = 16, text_dim: int = 20, **options) -
 
 
 def without_gradient(tokens: int, words: int) -> str:
-    """Pattern of parameters on which next to nothing depends: the softmax of a single token or word is 1, and what moves
-    all keys alike hardly moves it."""
+    """Pattern of parameters on which next to nothing depends: the softmax of a single token or word is 1, and what
+    moves all keys alike hardly moves it."""
     alone = (
         [r"attn2\.to_k\.bias"]
         + [r"attn1\.(to|norm)_[qk]"] * (tokens == 1)
