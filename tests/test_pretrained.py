@@ -40,18 +40,15 @@ def ours(size: Size = TINY, channels: int = 16, text_dim: int = 20, **options) -
 
 
 def without_gradient(tokens: int, words: int) -> str:
-    """Pattern of parameters on which next to nothing depends: the softmax of a single token or word is 1, and what
-    moves all keys alike hardly moves it."""
-    alone = (
-        [r"attn2\.to_k\.bias"]
-        + [r"attn1\.(to|norm)_[qk]"] * (tokens == 1)
-        + [r"attn2\.(to|norm)_[qk]", r"norm2\."] * (words == 1)
-    )
+    """Pattern of parameters on which nothing depends: the softmax of a single token or word is 1."""
+    alone = [r"attn1\.(to|norm)_[qk]"] * (tokens == 1) + [r"attn2\.(to|norm)_[qk]", r"norm2\."] * (words == 1)
     return "|".join(alone) or r"(?!)"
 
 
-def assert_same(model: WanTransformer3DModel, mine: VideoTransformer, shape: tuple, words: int) -> None:
-    """Outputs, and gradients of every parameter."""
+def assert_same(
+    model: WanTransformer3DModel, mine: VideoTransformer, shape: tuple, words: int, close: float = 1e-4, but: str = "$^"
+) -> None:
+    """Outputs to 5e-5 of their standard deviation, gradients of every parameter to `close`, but of a pattern."""
     torch.manual_seed(2)
     z, t = torch.randn(2, 16, *shape), torch.tensor([0.3, 0.9])
     text = torch.randn(2, words, mine.condition_embedder.text_embedder.linear_1.in_features)
@@ -68,9 +65,9 @@ def assert_same(model: WanTransformer3DModel, mine: VideoTransformer, shape: tup
     gradients = {name: p.grad for name, p in mine.named_parameters() if p.grad is not None}
     assert gradients.keys() == theirs.keys()
     for name, gradient in gradients.items():
-        if not re.search(without_gradient(tokens=z[0, 0].numel() // 4, words=words), name):
+        if not re.search(rf"{without_gradient(tokens=z[0, 0].numel() // 4, words=words)}|{but}", name):
             apart = (gradient - theirs[name].grad).abs().max() / theirs[name].grad.std()
-            assert apart <= 5e-4, name
+            assert apart <= close, name
 
 
 @pytest.mark.parametrize("size", [TINY, Size(dim=72, depth=3, heads=3, ffn_dim=130)], ids=["2x24", "3x24"])
@@ -92,7 +89,8 @@ def test_at_the_width_of_the_published_weights_it_is_wan(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="200MB")
     mine = ours(size, text_dim=4096, freq_dim=256)
     load_wan(mine, str(tmp_path))
-    assert_same(model, mine, (3, 6, 10), 512)
+    # What moves all of 512 keys alike hardly moves a softmax: rounding.
+    assert_same(model, mine, (3, 6, 10), 512, close=5e-4, but=r"attn2\.to_k\.bias")
 
 
 @pytest.mark.parametrize("name", ["1.3B", "14B"])
