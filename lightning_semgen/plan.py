@@ -184,7 +184,8 @@ def verdict(facts: dict) -> str:
         return f"It fits. {clip}"
     best = max(facts["largest_batch"].values())
     if best == 0:
-        return f"It does not fit, nor does a batch of 1. {clip} Take more or larger GPUs, or a shorter clip."
+        more = "more or " if min(kept.values()) < facts["memory_usable"] else ""  # which share weights, not a clip
+        return f"It does not fit, nor does a batch of 1. {clip} Take {more}larger GPUs, or a shorter clip."
     with_blocks = "" if facts["largest_batch"]["kept"] == best else " with model.checkpoint_blocks"
     return f"It does not fit: data.batch_size {min(best, setting['batch_size'])}{with_blocks} does. {clip}"
 
