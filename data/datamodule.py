@@ -119,8 +119,11 @@ class VideoDataModule(LightningDataModule):
             self._check(clip)
 
     def _check(self, bucket: Clip) -> None:
+        module = self.trainer.lightning_module
+        if not hasattr(module, "check_clip"):
+            raise UserError(f"data.buckets is not for {type(module).__name__}: set it to null.")
         try:
-            self.trainer.lightning_module.check_clip(bucket)
+            module.check_clip(bucket)
         except UserError as error:
             shape = [bucket.height, bucket.width, bucket.num_frames]
             raise UserError(f"data.buckets holds {shape}, which this stage cannot be trained on. {error}") from error
