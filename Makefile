@@ -29,7 +29,7 @@ demo: install  ## toy videos, both stages from scratch, samples, numbers and pic
 	@echo "Curves         $(BIN)/tensorboard --logdir runs"
 
 test: install  ## the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-gpu: install  ## the tests that need GPUs, on all there are
 	$(BIN)/python -m pytest tests/gpu

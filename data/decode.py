@@ -71,7 +71,7 @@ def _sought(container: av.container.InputContainer, stream: av.VideoStream, star
         return None
     container.seek(first.pts + int(start / stream.time_base), stream=stream)
     # Pictures shown before the first key frame may refer to some that were not decoded.
-    frames = timed(dropwhile(lambda frame: not frame.key_frame, container.decode(stream)), zero=first.pts)
+    frames = timed(dropwhile(lambda frame: not frame.key_frame, container.decode(stream)), zero=first.time)
     head = next(frames, None)
     return None if head is None or head[0] > start + TOLERANCE else chain([head], frames)
 
@@ -112,13 +112,15 @@ def is_sideways(matrix: np.ndarray) -> bool:
     return abs(matrix[0, 1]) > abs(matrix[0, 0])
 
 
-def timed(frames: Iterable[av.VideoFrame], zero: int | None = None) -> Iterator[Timed]:
-    """Frames with the second since timestamp `zero`, or the first one's, at which each begins, and its own length."""
+def timed(frames: Iterable[av.VideoFrame], zero: float | None = None) -> Iterator[Timed]:
+    """Frames with the second since time `zero`, or the first one's, at which each begins, and its own length."""
+    tick = None
     for frame in frames:
         if frame.pts is None:
             raise Rejected("a frame without a timestamp")
-        zero = frame.pts if zero is None else zero
-        yield float((frame.pts - zero) * frame.time_base), float((frame.duration or 0) * frame.time_base), frame
+        tick = tick or float(frame.time_base)  # fractions take longer than all else here
+        zero = frame.time if zero is None else zero
+        yield frame.time - zero, (frame.duration or 0) * tick, frame
 
 
 def _displayed(frames: Iterable[Timed]) -> Iterator[tuple[float, float, av.VideoFrame]]:
@@ -156,6 +158,7 @@ class _Picture:
         kept_height = min(round(height / scale), frame.height)
         kept_width = min(round(width / scale / self.aspect), frame.width)
         graph = av.filter.Graph()
+        graph.threads = 1
         source = (
             f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/1"
             f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
