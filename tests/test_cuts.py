@@ -1,0 +1,179 @@
+"""Clips cut from encoded stretches are the clips that lie there."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CLIP
+from diffusers import AutoencoderKLWan
+from test_stages import stage
+
+from data.choice import Choice
+from data.clip import Clip
+from data.cuts import CutClips, Part, StretchEncoding, Stretches
+from data.datamodule import render_toy_world
+from data.datasets import ClipDataset, Stream, collate
+from data.decode import decode_clip
+from data.encoded import encode_shards
+from data.shards import Shards
+from encoders.taef2 import TAEF2
+from encoders.vae import FrozenVAE, build_vae
+from encoders.wan_vae import WanVAE
+from lightning_semgen.stages import LatentStage, SemanticStage
+
+SECONDS = 12
+FIVE = replace(CLIP, num_frames=121)
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """Three toy films of 12 s, one of 2 s, and two of 12 s to validate on."""
+    folder = tmp_path_factory.mktemp("films")
+    long = replace(CLIP, num_frames=24 * SECONDS + 1)
+    render_toy_world(str(folder / "train-a*.tar"), "train", 3, long)
+    render_toy_world(str(folder / "train-b*.tar"), "train", 1, CLIP)
+    render_toy_world(str(folder / "heldout-*.tar"), "heldout", 2, long)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "fps, semantic_fps, apart", [(24, 1.6, 60), (24, 3.2, 60), (24, 2.5, 96), (4, 0.8, 20), (30, 1.6, 300)]
+)
+def test_starts_are_where_both_grids_begin_anew(fps, semantic_fps, apart):
+    clip = Clip(121, 48, 48, float(fps), float(semantic_fps))
+    assert clip.period == apart and clip.period % 4 == 0 and clip.semantic_period % 2 == 0
+    whole = replace(clip, num_frames=121 + 3 * apart).semantic_indices
+    for start in range(4):
+        mine = whole[start * clip.semantic_period :][: len(clip.semantic_indices)]
+        assert [index - start * apart for index in mine] == clip.semantic_indices
+
+
+def test_a_part_is_cut_or_kept_for_each_start_whichever_is_smaller():
+    assert Part.of(1, 31, 15, 4, 13) == Part(1, 31, 15, 4, 13)
+    assert Part.of(1, 19, 15, 4, 13) == Part(1, 19, 15, 19)  # 2 s, and Wan's of 5 s
+    assert Part.of(1, 31, 15, 29, 113) == Part(1, 31, 15, 31)
+    whole = torch.arange(200).view(1, 200)
+    for part in (
+        Part(1, 31, 15, 4, 13),
+        Part(1, 50, 15, 29, 113),
+        Part(1, 4, 2, 0),
+        Part(1, 16, 15, 0),
+        Part(1, 31, 15, 31),
+    ):
+        pieces = {f"{n}.npy": piece for n, piece in enumerate(whole.split(part.stride, 1))}
+        for start in range(4):
+            own = whole[:, start * part.stride :][:, : part.own]
+            tensors = [{**pieces, part.own_name(start): own}[name] for name in part.names(start)]
+            assert torch.equal(part.cut(tensors), whole[:, start * part.stride :][:, : part.steps])
+
+
+def test_reach_is_how_far_back_a_latent_looks():
+    torch.manual_seed(0)
+    small = {"base_dim": 4, "z_dim": 2, "latents_mean": [0.0] * 2, "latents_std": [1.0] * 2}
+    wan = [WanVAE(**small), WanVAE(**small, is_residual=True, in_channels=12, out_channels=12, patch_size=2)]
+    toy, published = build_vae("toy").model, WanVAE.load("random")
+    assert published.reach == 28 == wan[0].reach and isinstance(published, AutoencoderKLWan)
+    for model, side, count in ((wan[0], 8, 36), (wan[1], 16, 36), (toy, 48, 8)):
+        vae = FrozenVAE(model.double()).double()
+        frames = torch.randn(1, 3, 4 * count + 1, side, side, dtype=torch.float64, requires_grad=True)
+        past, made = None, []
+        step = 4 * model.chunk
+        for start in range(-3, frames.shape[2], step):
+            latents, past = model.encode_chunk(frames[:, :, max(start, 0) : start + step], past)
+            made.append(latents)
+        (gradient,) = torch.autograd.grad(torch.cat(made, 2)[:, :, -1].sum(), frames)
+        seen = gradient.abs().amax((0, 1, 3, 4)).nonzero()[0].item()
+        assert count - -(-seen // 4) == vae.reach
+    assert TAEF2.reach == 0
+
+
+STAGES = {
+    "features": (SemanticStage, {}),
+    "pooled": (SemanticStage, {"encoder": "vae"}),
+    "latents": (LatentStage, {}),
+    "baseline": (LatentStage, {"encoder": "none"}),
+}
+
+
+def encoded(made, films, folder, seconds: float = float("inf")) -> CutClips:
+    """The training films as a stage encodes them."""
+    clips = ClipDataset(Shards(str(films / "train-*.tar")), made.clip, made.needs_video)
+    how = StretchEncoding(folder, {}, made.encoded_parts, made.clip, made.cut_parts, batch_size=3)
+    encode_shards(Stretches(clips, seconds), [how], collate, batch_size=1, workers=0)
+    return CutClips(Shards(str(folder / "*.tar")), made.clip, Choice(), made.cut_parts)
+
+
+def by_start(cut: CutClips, index: int) -> dict[float, dict]:
+    """Samples with other keys until each start has been drawn."""
+    found = {}
+    for key in range(50):
+        sample = cut.sample(index, key)
+        starts = sample["info"]["starts"]
+        found[starts[cut.choice.drawn(len(starts), key)]] = sample
+    assert list(sorted(found)) == starts
+    return found
+
+
+@pytest.mark.parametrize("clip", [CLIP, FIVE], ids=["2s", "5s"])
+@pytest.mark.parametrize("name", STAGES)
+def test_a_cut_clip_is_the_clip_that_lies_there(name, clip, films, tmp_path):
+    cls, options = STAGES[name]
+    made = stage(cls, clip=clip, **options)
+    cut, videos = encoded(made, films, tmp_path), Shards(str(films / "train-*.tar"))
+    assert len(cut) == (4 if clip is CLIP else 3)  # the short film is as long as one clip
+    for index in range(len(cut)):
+        samples = by_start(cut, index)
+        assert len(samples) == (1 if index == 3 else 5 if clip is CLIP else 3)
+        for start, sample in samples.items():
+            frames = decode_clip(videos.read(index)["mp4"], clip, start)
+            alone = made.encoded_parts({"frames": frames[None], "semantic_frames": frames[clip.semantic_indices][None]})
+            for part, (tensor,) in alone.items():
+                torch.testing.assert_close(sample[part], tensor, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_kept_once_and_what_for_each_start(films, tmp_path):
+    made = stage(LatentStage, clip=FIVE)
+    assert made.cut_parts == {"features": Part(0, 4, 2, 0), "latents": Part(1, 31, 15, 4, 13)}
+    cut = encoded(made, films, tmp_path)
+    names = sorted(cut.shards.samples[0][2])
+    own = [f"latents.start{n}.npy" for n in range(3)]
+    assert names == ["features.0.npy", "features.1.npy", "features.2.npy", "features.3.npy", "json"] + sorted(
+        [*own, *(f"latents.{n}.npy" for n in range(5))]
+    )
+    assert stage(LatentStage).cut_parts == {"features": Part(0, 2, 2, 2), "latents": Part(1, 13, 15, 13)}
+
+
+def test_latents_from_the_middle_differ_where_they_depend_on_the_past(films):
+    """What own latents are for: the figures of docs/data.md."""
+    vae, errors, std = build_vae("toy"), [], []
+    long = replace(CLIP, num_frames=24 * SECONDS + 1)
+    for index in range(3):
+        frames = decode_clip(Shards(str(films / "train-a*.tar")).read(index)["mp4"], long)[None]
+        whole = vae.encode(frames)
+        std.append(whole)
+        for start in range(60, 24 * SECONDS - 48, 60):
+            errors.append(whole[:, :, start // 4 :][:, :, :13] - vae.encode(frames[:, start : start + 49]))
+    off = torch.cat(errors).square().mean((0, 1, 3, 4)).sqrt() / torch.cat(std).std()
+    print("rms of latents 0, 1, 2, …, by their std: " + ", ".join(f"{value:.1e}" for value in off))
+    assert off[0] > 0.03 and off[1] > 1e-3 and (off[vae.reach + 1 :] < 1e-5).all()
+
+
+@pytest.mark.parametrize("seconds, starts", [(8, 3), (4.5, 2), (100, 5)])
+def test_stretches_are_of_at_most_the_seconds_asked_for_and_in_the_middle(films, tmp_path, seconds, starts):
+    info = encoded(stage(SemanticStage), films, tmp_path, seconds).sample(0)["info"]
+    assert len(info["starts"]) == starts
+    first, last = info["starts"][0], SECONDS - (info["starts"][-1] + CLIP.duration)
+    assert abs(first - last) < 0.1 and info["starts"][-1] + CLIP.duration - first <= seconds
+
+
+def test_starts_are_drawn_anew_each_epoch_and_the_same_after_resume(films, tmp_path):
+    cut = encoded(stage(SemanticStage), films, tmp_path)
+    stream = Stream(cut, seed=0, open_shards=1)
+    positions = [position for position in range(6 * len(cut)) if stream.order(position) == 0]
+    drawn = [stream[position]["features"] for position in positions]
+    assert len(drawn) == 6 and len({tuple(features.flatten()[:8].tolist()) for features in drawn}) > 2
+    for position, features in zip(positions, drawn, strict=True):
+        assert torch.equal(Stream(cut, seed=0, open_shards=1)[position]["features"], features)
+    cut.choice = Choice("centre")
+    middle = cut.sample(0)["features"]
+    assert all(torch.equal(cut.sample(0, key)["features"], middle) for key in range(9))
