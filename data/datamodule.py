@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
@@ -83,7 +83,7 @@ class VideoDataModule(LightningDataModule):
         semantic_fps: float = 1.6,
         buckets: list[list[int]] | None = None,
         encoded: str | None = None,
-        encoded_seconds: PositiveFloat | None = None,
+        encoded_seconds: float | None = None,
         clip_start: Literal["random", "centre"] = "random",
         min_duration: NonNegativeFloat = 0.0,
         min_fps: NonNegativeFloat = 0.0,

@@ -1,17 +1,19 @@
 """Clips cut from encoded stretches are the clips that lie there."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLIP
+from conftest import CLIP, CONFIGS
 from diffusers import AutoencoderKLWan
 from test_stages import stage
 
 from data.choice import Choice
 from data.clip import Clip
 from data.cuts import CutClips, Part, StretchEncoding, Stretches
-from data.datamodule import render_toy_world
+from data.datamodule import VideoDataModule, render_toy_world
 from data.datasets import ClipDataset, Stream, collate
 from data.decode import decode_clip
 from data.encoded import encode_shards
@@ -19,6 +21,8 @@ from data.shards import Shards
 from encoders.taef2 import TAEF2
 from encoders.vae import FrozenVAE, build_vae
 from encoders.wan_vae import WanVAE
+from lightning_semgen.errors import UserError
+from lightning_semgen.runs import load_checkpoint
 from lightning_semgen.stages import LatentStage, SemanticStage
 
 SECONDS = 12
@@ -177,3 +181,59 @@ def test_starts_are_drawn_anew_each_epoch_and_the_same_after_resume(films, tmp_p
     cut.choice = Choice("centre")
     middle = cut.sample(0)["features"]
     assert all(torch.equal(cut.sample(0, key)["features"], middle) for key in range(9))
+
+
+STRETCHES = "--data.encoded_seconds=.inf"
+
+
+def on(films) -> list[str]:
+    return [
+        "-c", f"{CONFIGS}/paper_recipe/paper_latent_dim8.yaml", f"--data.train_shards={films}/train-*.tar",
+        f"--data.val_shards={films}/heldout-*.tar", "--data.encoded=made", "--model.compressor_steps=1",
+        "--trainer.max_steps=6", "--trainer.accelerator=cpu",
+    ]  # fmt: skip
+
+
+def test_a_fit_on_cut_clips_goes_on_exactly_and_other_configs_are_told(films, tmp_path, monkeypatch, lightning, fails):
+    monkeypatch.chdir(tmp_path)
+    lightning("encode", *on(films), STRETCHES)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("made/*/*.tar")}
+    assert len(written) == 3
+    fit = ("fit", *on(films), STRETCHES)
+    lightning(*fit, "--trainer.default_root_dir=unbroken")
+    broken = "--trainer.default_root_dir=broken"
+    lightning(*fit, broken, "--trainer.limit_train_batches=3", "--trainer.max_epochs=1")
+    assert load_checkpoint("broken")["global_step"] == 3
+    lightning(*fit, broken, "--ckpt_path=last")
+    one, two = (load_checkpoint(run) for run in ("unbroken", "broken"))
+    assert one["VideoDataModule"] == two["VideoDataModule"] == {"delivered": 24}
+    assert all(torch.equal(value, two["state_dict"][name]) for name, value in one["state_dict"].items())
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("made/*/*.tar")} == written
+
+    new = ("fit", *on(films), "--trainer.default_root_dir=new")
+    said = fails(*new)
+    assert "made/train were made with encoded_seconds inf, the config says None: delete that folder" in said
+    said = fails(*new, "--data.encoded_seconds=8")
+    assert "made with encoded_seconds inf, the config says 8.0" in said
+    direct = ("--data.encoded=null", "--data.train_shards=made/train/*.tar", "--data.val_shards=made/val/*.tar")
+    assert "made with encoded_seconds inf, the config says None" in fails(*new, *direct)
+    lightning(*new, *direct, STRETCHES)  # encoded shards are shards: a config may name them itself
+    direct = load_checkpoint("new")["state_dict"]
+    assert all(torch.equal(value, direct[name]) for name, value in one["state_dict"].items())
+
+
+def test_shards_of_single_clips_are_no_stretches(films, tmp_path, monkeypatch, lightning, fails):
+    monkeypatch.chdir(tmp_path)
+    lightning("encode", *on(films))
+    found = json.loads(Path("made/train/fingerprint.json").read_text())
+    assert found.pop("encoded_seconds") is None
+    Path("made/train/fingerprint.json").write_text(json.dumps(found))  # as they were written before there was a choice
+    lightning("fit", *on(films), "--trainer.max_steps=2")
+    said = fails("fit", *on(films), STRETCHES, "--trainer.default_root_dir=new")
+    assert "made with encoded_seconds None, the config says inf" in said
+
+
+def test_seconds_that_leave_no_choice():
+    with pytest.raises(UserError, match="encoded_seconds is 4, .* one clip of 2 s alone: .* every 2.5 s. Give 4.5 or"):
+        VideoDataModule(encoded_seconds=4)
+    VideoDataModule(encoded_seconds=4.5)
