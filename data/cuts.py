@@ -7,8 +7,8 @@ the semantic stream begin together. What is cut is what the clip alone would be 
   they have seen the past. So the first `reach` + 1 latents are encoded anew from each start (the toy VAE's 4, Wan's
   29). The others are the same wherever a clip begins, and kept once.
 - Features are kept once where neither a start nor the clip's end falls inside a block of frames that see each other
-  (Qwen2.5-VL, timm, the toy encoder). Others are encoded from each start: V-JEPA 2, VideoMAE 2 and 4DS in clips that do
-  not fill their windows, and whatever is pooled to one grid for the whole clip.
+  (Qwen2.5-VL, timm, the toy encoder), and else encoded from each start: those of V-JEPA 2, VideoMAE 2 and 4DS, whose
+  windows are longer than the starts are apart, and whatever is pooled to one grid for the whole clip.
 - A part of which so little can be kept once that it takes more space is encoded from each start, too.
 
 A cut clip is like any other: its tokens' times begin at 0.
@@ -24,7 +24,7 @@ from torch import Tensor
 from data.choice import Choice
 from data.clip import Clip
 from data.datasets import ClipDataset, caption_of, video_of
-from data.decode import Rejected
+from data.decode import TOLERANCE, Rejected
 from data.encoded import Encoding, from_bytes, to_bytes
 from data.shards import Shards
 
@@ -91,7 +91,7 @@ class Stretches(ClipDataset):
     def _frames(self, members: dict, info: dict, key: int | None) -> dict[str, Tensor | list[float]]:
         clip, video = self.clip, video_of(members)
         room = self.choice.room(video, info, clip)
-        kept = int(min(room, (self.seconds - clip.duration) * clip.fps)) // clip.period * clip.period
+        kept = int(min(room, (self.seconds - clip.duration) * clip.fps + TOLERANCE)) // clip.period * clip.period
         first = (room - kept) // 2
         starts = [(first + step) / clip.fps for step in range(0, kept + 1, clip.period)]
         stretch = replace(clip, num_frames=clip.num_frames + kept)
@@ -117,7 +117,7 @@ class StretchEncoding(Encoding):
                 numbers = range(first, min(first + self.batch_size, len(starts)))
                 made = self.encode(self._clips(batch, numbers, part.frames), name)[name]
                 names = [f"{name}.{part.own_name(number)}" for number in numbers]
-                arrays |= {name: to_bytes(own) for name, own in zip(names, made, strict=True)}
+                arrays |= {file: to_bytes(own) for file, own in zip(names, made, strict=True)}
         arrays |= {f"{name}.npy": to_bytes(rows[0]) for name, rows in whole.items()}
         yield {"__key__": key, "json": info | {"starts": starts}, **arrays}
 
@@ -145,10 +145,10 @@ class CutClips(ClipDataset):
     def sample(self, index: int, key: int | None = None) -> dict:
         told = caption_of(self.shards.read(index, only=("json",)), key)
         start = self.choice.drawn(len(told["info"]["starts"]), key)
-        names = {name: [f"{name}.{piece}" for piece in part.names(start)] for name, part in self.parts.items()}
-        members = self.shards.read(index, only=("text.npy", *chain(*names.values())))
-        try:
-            encoded = {n: part.cut([from_bytes(members[name]) for name in names[n]]) for n, part in self.parts.items()}
-        except KeyError as name:
-            raise Rejected("a part that is missing") from name
+        files = {name: [f"{name}.{file}" for file in part.names(start)] for name, part in self.parts.items()}
+        members = self.shards.read(index, only=("text.npy", *chain(*files.values())))
+        if missing := set(chain(*files.values())) - set(members):
+            raise Rejected(f"no {min(missing).partition('.')[0]} at one of its starts")
+        tensors = {name: [from_bytes(members[file]) for file in files[name]] for name in files}
+        encoded = {name: part.cut(tensors[name]) for name, part in self.parts.items()}
         return told | encoded | ({"text": from_bytes(members["text.npy"])} if "text.npy" in members else {})

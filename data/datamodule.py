@@ -121,7 +121,7 @@ class VideoDataModule(LightningDataModule):
         """UserError where encoded shards of so many seconds would have one start."""
         clip = self.clip
         apart = clip.period / clip.fps
-        if seconds < (least := clip.duration + apart):
+        if not seconds >= (least := clip.duration + apart):
             raise UserError(
                 f"data.encoded_seconds is {seconds:g}, which has room for one clip of {clip.duration:g} s alone: whole"
                 f" latents and semantic steps begin together every {apart:g} s. Give {least:g} or more, or null for one"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLIP, CONFIGS
+from conftest import CLIP, CONFIGS, save_text_encoder
 from diffusers import AutoencoderKLWan
 from test_stages import stage
 
@@ -15,7 +15,7 @@ from data.clip import Clip
 from data.cuts import CutClips, Part, StretchEncoding, Stretches
 from data.datamodule import VideoDataModule, render_toy_world
 from data.datasets import ClipDataset, Stream, collate
-from data.decode import decode_clip
+from data.decode import Rejected, decode_clip
 from data.encoded import encode_shards
 from data.shards import Shards
 from encoders.taef2 import TAEF2
@@ -135,6 +135,18 @@ def test_a_cut_clip_is_the_clip_that_lies_there(name, clip, films, tmp_path):
                 torch.testing.assert_close(sample[part], tensor, rtol=1e-3, atol=1e-3)
 
 
+def test_captions_are_encoded_once_and_a_missing_part_is_rejected(films, tmp_path):
+    save_text_encoder(tmp_path / "text", dim=16)
+    made = stage(SemanticStage, text_encoder=str(tmp_path / "text"))
+    cut = encoded(made, films, tmp_path / "made")
+    for key in range(4):
+        sample = cut.sample(0, key)
+        torch.testing.assert_close(sample["text"], made.text.embed([sample["caption"]])[0], rtol=1e-3, atol=1e-3)
+    del cut.shards.samples[0][2]["features.start2.npy"]
+    with pytest.raises(Rejected, match="no features at one of its starts"):
+        cut.sample(0)  # which is the middle one
+
+
 def test_what_is_kept_once_and_what_for_each_start(films, tmp_path):
     made = stage(LatentStage, clip=FIVE)
     assert made.cut_parts == {"features": Part(0, 4, 2, 0), "latents": Part(1, 31, 15, 4, 13)}
@@ -184,6 +196,7 @@ def test_starts_are_drawn_anew_each_epoch_and_the_same_after_resume(films, tmp_p
 
 
 STRETCHES = "--data.encoded_seconds=.inf"
+DIRECT = ("--data.encoded=null", "--data.train_shards=made/train/*.tar", "--data.val_shards=made/val/*.tar")
 
 
 def on(films) -> list[str]:
@@ -194,32 +207,37 @@ def on(films) -> list[str]:
     ]  # fmt: skip
 
 
-def test_a_fit_on_cut_clips_goes_on_exactly_and_other_configs_are_told(films, tmp_path, monkeypatch, lightning, fails):
+def test_a_fit_encodes_stretches_and_configs_that_do_not_fit_are_told(films, tmp_path, monkeypatch, lightning, fails):
+    monkeypatch.chdir(tmp_path)
+    lightning("fit", *on(films), STRETCHES, "--trainer.max_steps=3")
+    assert (
+        len(list(tmp_path.glob("made/*/*.tar"))) == 3 and load_checkpoint("runs/paper_latent_dim8")["global_step"] == 3
+    )
+    new = ("fit", *on(films), "--trainer.default_root_dir=new")
+    said = fails(*new)
+    assert "made/train were made with encoded_seconds inf, the config says None: delete that folder" in said
+    assert "made with encoded_seconds inf, the config says 8.0" in fails(*new, "--data.encoded_seconds=8")
+    assert "made with encoded_seconds inf, the config says None" in fails(*new, *DIRECT)
+
+
+@pytest.mark.slow
+def test_a_fit_on_cut_clips_goes_on_exactly(films, tmp_path, monkeypatch, lightning):
     monkeypatch.chdir(tmp_path)
     lightning("encode", *on(films), STRETCHES)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("made/*/*.tar")}
-    assert len(written) == 3
     fit = ("fit", *on(films), STRETCHES)
     lightning(*fit, "--trainer.default_root_dir=unbroken")
     broken = "--trainer.default_root_dir=broken"
     lightning(*fit, broken, "--trainer.limit_train_batches=3", "--trainer.max_epochs=1")
     assert load_checkpoint("broken")["global_step"] == 3
     lightning(*fit, broken, "--ckpt_path=last")
-    one, two = (load_checkpoint(run) for run in ("unbroken", "broken"))
+    # Encoded shards are shards: a config may name them itself.
+    lightning(*fit, *DIRECT, "--trainer.default_root_dir=direct")
+    one, two, three = (load_checkpoint(run) for run in ("unbroken", "broken", "direct"))
     assert one["VideoDataModule"] == two["VideoDataModule"] == {"delivered": 24}
-    assert all(torch.equal(value, two["state_dict"][name]) for name, value in one["state_dict"].items())
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, two["state_dict"][name]) and torch.equal(value, three["state_dict"][name])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("made/*/*.tar")} == written
-
-    new = ("fit", *on(films), "--trainer.default_root_dir=new")
-    said = fails(*new)
-    assert "made/train were made with encoded_seconds inf, the config says None: delete that folder" in said
-    said = fails(*new, "--data.encoded_seconds=8")
-    assert "made with encoded_seconds inf, the config says 8.0" in said
-    direct = ("--data.encoded=null", "--data.train_shards=made/train/*.tar", "--data.val_shards=made/val/*.tar")
-    assert "made with encoded_seconds inf, the config says None" in fails(*new, *direct)
-    lightning(*new, *direct, STRETCHES)  # encoded shards are shards: a config may name them itself
-    direct = load_checkpoint("new")["state_dict"]
-    assert all(torch.equal(value, direct[name]) for name, value in one["state_dict"].items())
 
 
 def test_shards_of_single_clips_are_no_stretches(films, tmp_path, monkeypatch, lightning, fails):
