@@ -16,10 +16,11 @@ class Choice:
     min_fps: float = 0.0
 
     def begin(self, video: bytes, info: dict, clip: Clip, key: int | None) -> float:
-        """The second at which the clip of a video begins, a whole number of its frames; raises `Rejected`.
+        """The second at which the clip of a video begins, a whole number of its frames; raises `Rejected`."""
+        return self.drawn(self.room(video, info, clip) + 1, key) / clip.fps
 
-        Random starts are drawn from a sample's key; without one the clip lies in the middle.
-        """
+    def room(self, video: bytes, info: dict, clip: Clip) -> int:
+        """By how many frames a video is longer than the clip, 0 where it is shorter; raises `Rejected`."""
         facts = {"duration": info.get("duration"), "fps": info.get("fps")}  # by `lightning pack`, exact
         if not all(isinstance(value, int | float) for value in facts.values()):
             facts = declared(video)
@@ -27,9 +28,12 @@ class Choice:
             raise Rejected(f"shorter than {self.min_duration:g} s (data.min_duration)")
         if 0 < facts["fps"] < self.min_fps - TOLERANCE:
             raise Rejected(f"slower than {self.min_fps:g} fps (data.min_fps)")
-        room = max(0, int((facts["duration"] - clip.duration - TOLERANCE) * clip.fps))
-        step = room // 2 if key is None or self.start == "centre" else key_of(key, "clip start") % (room + 1)
-        return step / clip.fps
+        return max(0, int((facts["duration"] - clip.duration - TOLERANCE) * clip.fps))
+
+    def drawn(self, starts: int, key: int | None) -> int:
+        """One of so many starts: random ones are drawn from a sample's key; without one that in the middle."""
+        middle = key is None or self.start == "centre"
+        return (starts - 1) // 2 if middle else key_of(key, "clip start") % starts
 
 
 def chosen_caption(info: dict, key: int | None) -> str:

@@ -1,9 +1,13 @@
 """The dual-rate clip: which frames of a video go to the VAE, and which of those to the semantic encoder."""
 
 from dataclasses import dataclass
+from fractions import Fraction
+from math import lcm
 
 import torch
 from torch import Tensor
+
+LATENT, TUBELET = 4, 2  # frames of the coarsest latents and tubelets there are, each at its own rate
 
 
 @dataclass(frozen=True)
@@ -37,3 +41,14 @@ class Clip:
     def semantic_times(self) -> Tensor:
         """(T_s,) seconds of the frames of the semantic stream."""
         return self.times[self.semantic_indices]
+
+    @property
+    def period(self) -> int:
+        """Frames from one place to the next at which whole latents and whole tubelets of the semantic stream begin."""
+        tubelet = TUBELET * Fraction(str(self.fps)) / Fraction(str(self.semantic_fps))
+        return lcm(tubelet.numerator, LATENT)
+
+    @property
+    def semantic_period(self) -> int:
+        """Frames of the semantic stream in `period`."""
+        return round(self.period * self.semantic_fps / self.fps)

@@ -15,8 +15,16 @@ from tqdm import tqdm
 from data.buckets import BucketStream, clips_of, split_into
 from data.choice import Choice
 from data.clip import Clip
+from data.cuts import CutClips, StretchEncoding, Stretches
 from data.datasets import ClipDataset, FixedClips, Prompts, References, Stream, captions, collate, read_prompts
-from data.encoded import Encoding, all_ranks_finish, check_fingerprint, encode_shards, encoded_paths
+from data.encoded import (
+    Encoding,
+    all_ranks_finish,
+    check_fingerprint,
+    clips_at_once,
+    encode_shards,
+    encoded_paths,
+)
 from data.order import PositionBatches
 from data.shards import MAX_MEMBER_MB, Shards, index_path, write_shard
 from data.toy import toy_clip
@@ -43,8 +51,10 @@ class VideoDataModule(LightningDataModule):
             each batch has one; null: that of `height`, `width` and `num_frames`, which validation and generation have.
         encoded: folder of encoded shards, seen by all nodes; what the frozen parts say of the clips is written there
             once, by the first fit or by `lightning encode`, on every device, and read from there ever after.
+        encoded_seconds: of each training video, in its middle, that encoded shards hold, .inf: all of it; training cuts
+            clips of `num_frames` from that at `clip_start`, at whole latents and semantic steps. null: one clip.
         clip_start: where in a longer video a training clip lies: "random", anew each time, or "centre", as all clips of
-            validation and of encoded shards do.
+            validation do, and of encoded shards without `encoded_seconds`.
         min_duration: seconds; shorter videos are rejected.
         min_fps: frames per second; slower videos are rejected. Others repeat frames on the grid of `fps`.
         max_bad_share: share of the samples seen above which rejected ones stop a fit or an encode.
@@ -73,6 +83,7 @@ class VideoDataModule(LightningDataModule):
         semantic_fps: float = 1.6,
         buckets: list[list[int]] | None = None,
         encoded: str | None = None,
+        encoded_seconds: float | None = None,
         clip_start: Literal["random", "centre"] = "random",
         min_duration: NonNegativeFloat = 0.0,
         min_fps: NonNegativeFloat = 0.0,
@@ -95,6 +106,7 @@ class VideoDataModule(LightningDataModule):
         self.choice = Choice(clip_start, min_duration, min_fps)
         self.max_bad_share, self.open_shards = max_bad_share, open_shards
         self.encoded = None if encoded is None else Path(encoded)
+        self.encoded_seconds = {"train": encoded_seconds, "val": None}
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.prompts, self.reference, self.samples_per_prompt = prompts, reference, samples_per_prompt
         self.toy_clips, self.toy_scenes = toy_clips, toy_scenes
@@ -102,6 +114,19 @@ class VideoDataModule(LightningDataModule):
         self.delivered = 0
         if self.encoded is not None:
             self._refuse_buckets(self.encoded)
+        if encoded_seconds is not None:
+            self._check_room(encoded_seconds)
+
+    def _check_room(self, seconds: float) -> None:
+        """UserError where encoded shards of so many seconds would have one start."""
+        clip = self.clip
+        apart = clip.period / clip.fps
+        if not seconds >= (least := clip.duration + apart):
+            raise UserError(
+                f"data.encoded_seconds is {seconds:g}, which has room for one clip of {clip.duration:g} s alone: whole"
+                f" latents and semantic steps begin together every {apart:g} s. Give {least:g} or more, or null for one"
+                " clip of each video."
+            )
 
     # What has to be there before training
 
@@ -140,18 +165,31 @@ class VideoDataModule(LightningDataModule):
             self._check_same_clips(data)
             stage.load_compressor()
         for split in self.shards:
-            clips = self._clips(split, encoded=False)
+            clips, batch_size = self._clips(split, encoded=False), min(data.batch_size for data, _ in pairs)
             clips.needs_video = any(stage.needs_video for _, stage in pairs)
+            encodings = [data.encoding(split, stage, clips_at_once(self.clip, batch_size)) for data, stage in pairs]
+            if (seconds := self.encoded_seconds[split]) is not None:
+                clips, batch_size = Stretches(clips, seconds), 1
             encode_shards(
                 clips,
-                [Encoding(data.encoded / split, stage.fingerprint(), stage.encode) for data, stage in pairs],
+                encodings,
                 collate,
-                min(data.batch_size for data, _ in pairs),
+                batch_size,
                 self.num_workers,
                 self.max_bad_share,
                 self.trainer.global_rank,
                 self.trainer.world_size,
             )
+
+    def encoding(self, split: str, stage: LightningModule, batch_size: int) -> Encoding:
+        """What a stage writes of a split's clips, or of stretches of the videos in batches of so many clips."""
+        what = self.encoded / split, self._fingerprint(split, stage), stage.encode
+        if self.encoded_seconds[split] is None:
+            return Encoding(*what)
+        return StretchEncoding(*what, self.clip, stage.cut_parts, batch_size)
+
+    def _fingerprint(self, split: str, stage: LightningModule) -> dict:
+        return stage.fingerprint() | {"encoded_seconds": self.encoded_seconds[split]}
 
     def _check_same_clips(self, other: "VideoDataModule") -> None:
         for name, value in other._clip_options.items():
@@ -166,21 +204,26 @@ class VideoDataModule(LightningDataModule):
         """What decides which clips encoded shards are of."""
         shards = {f"{split}_shards": patterns for split, patterns in self.shards.items()}
         bounds = {"min_duration": self.choice.min_duration, "min_fps": self.choice.min_fps}
-        return shards | vars(self.clip) | bounds | {"max_member_mb": self.max_member_mb}
+        stretch = {"encoded_seconds": self.encoded_seconds["train"]}
+        return shards | vars(self.clip) | bounds | stretch | {"max_member_mb": self.max_member_mb}
 
     def _clips(self, split: str, encoded: bool) -> ClipDataset:
         shards = self._shards(self.shards[split])
         if encoded:
             shards = self._shards([str(path) for path in encoded_paths(shards, self.encoded / split)])
+        stage, stretches = self.trainer.lightning_module, False
         for folder in {path.parent for path in shards.paths}:
             if (folder / "fingerprint.json").exists():  # encoded shards, whoever named them
                 self._refuse_buckets(folder)
-                check_fingerprint(folder, self.trainer.lightning_module.fingerprint())
+                check_fingerprint(folder, self._fingerprint(split, stage))
+                stretches = self.encoded_seconds[split] is not None
         if shards.uncaptioned:
             rank_zero_info(
                 f"{split}: {shards.uncaptioned} samples without a caption are skipped, {len(shards)} are used."
             )
-        return ClipDataset(shards, self.clip, self.trainer.lightning_module.needs_video, self.choice)
+        if stretches:
+            return CutClips(shards, self.clip, self.choice, stage.cut_parts)
+        return ClipDataset(shards, self.clip, stage.needs_video, self.choice)
 
     def _refuse_buckets(self, folder: Path) -> None:
         if self.buckets:

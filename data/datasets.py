@@ -60,14 +60,15 @@ class ClipDataset(Dataset):
         raise UserError(f"No sample of {self.shards.paths[0].parent} can be used; the last, {name}: {cause}.")
 
     def _frames(self, members: dict, info: dict, key: int | None) -> dict[str, Tensor]:
-        video = next((members[extension] for extension in VIDEO_EXTENSIONS if extension in members), None)
-        if video is None:
-            raise Rejected("no video member")
-        begin = self.choice.begin(video, info, self.clip, key)
+        video = video_of(members)
+        return self.streams(video, self.clip, self.choice.begin(video, info, self.clip, key))
+
+    def streams(self, video: bytes, clip: Clip, begin: float) -> dict[str, Tensor]:
+        """The frames of a clip that begins at that second."""
         if not self.needs_video:
-            return {"semantic_frames": decode_clip(video, self.clip, begin, semantic_only=True)}
-        frames = decode_clip(video, self.clip, begin)
-        return {"frames": frames, "semantic_frames": frames[self.clip.semantic_indices]}
+            return {"semantic_frames": decode_clip(video, clip, begin, semantic_only=True)}
+        frames = decode_clip(video, clip, begin)
+        return {"frames": frames, "semantic_frames": frames[clip.semantic_indices]}
 
 
 class Stream(Dataset):
@@ -162,6 +163,13 @@ def reference_frames(path: Path, clip: Clip) -> Tensor:
         return decode_clip(path.read_bytes(), clip)
     except (Rejected, OSError) as cause:
         raise UserError(f"The reference {path} cannot be used: {cause}.") from cause
+
+
+def video_of(members: dict) -> bytes:
+    for extension in VIDEO_EXTENSIONS:
+        if extension in members:
+            return members[extension]
+    raise Rejected("no video member")
 
 
 def caption_of(members: dict, key: int | None = None) -> dict:

@@ -26,7 +26,7 @@ from lightning_semgen.errors import UserError
 
 PARTS = ("features", "moments", "latents", "text")
 HELD = 2**27  # bytes of frames that are encoded at once, unless one clip alone has more; networks take a multiple
-Encode = Callable[[dict], dict[str, Tensor | list[Tensor]]]
+Encode = Callable[..., dict[str, Tensor | list[Tensor]]]
 
 
 def to_bytes(tensor: Tensor) -> bytes:
@@ -61,7 +61,8 @@ def check_fingerprint(folder: Path, fingerprint: dict) -> None:
 class Encoding:
     """What one stage's frozen parts make of clips: the folder of its shards, their fingerprint, and how.
 
-    `encode` makes of a batch of a `ClipDataset` its `PARTS`: {"features": (B, …), "text": B × (L, dim), …}.
+    `encode(batch, *only)` makes of a batch of a `ClipDataset` all or some of its `PARTS`: {"features": (B, …),
+    "text": B × (L, dim), …}.
     """
 
     folder: Path

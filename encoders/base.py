@@ -42,11 +42,13 @@ class FrozenEncoder(Frozen):
         dim: D, channels of the features.
         tubelet: frames that one step of the features sees.
         stream: "semantic" (frames at `data.semantic_fps`) or "video" (frames at `data.fps`).
+        block: frames, counted from a clip's first, that see each other and no others; None: all may see all.
     """
 
     dim: int
     tubelet: int
     stream: str = "semantic"
+    block: int | None = None
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(T', H', W') of the features of a clip of that many frames and that size in pixels."""

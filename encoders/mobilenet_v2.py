@@ -32,6 +32,7 @@ class MobileNetV2(PublishedEncoder):
     """
 
     kernel, antialias = "bilinear", True
+    alone = True
     short_side = (1, 0.875)
 
     def __init__(self, weights: str, layer: None = None, **options):

@@ -67,6 +67,7 @@ class PublishedEncoder(FrozenEncoder):
 
     layouts: tuple[Layout, ...]
     kernel: str  # that resizes, a key of `resize.KERNELS`
+    alone: bool = False  # whether a step sees the frames of its tubelet only
     short_side: tuple[float, float] | None = None  # of the authors' frames to the side of their crop; None: no crop
     antialias: bool = False  # whether the authors resize with it before they crop
 
@@ -140,6 +141,12 @@ class PublishedEncoder(FrozenEncoder):
         return max(1, frames // self.tubelet), height // self.cell, width // self.cell
 
     # Time
+
+    @property
+    def block(self) -> int | None:
+        if self.semantic_grid is not None:
+            return None
+        return self.tubelet if self.alone else self.window
 
     def seconds(self, times: Tensor) -> Tensor:
         seconds = super().seconds(times) if len(times) >= self.tubelet else times[-1:]

@@ -150,6 +150,7 @@ class Qwen2_5_VL(PublishedEncoder):
     """
 
     kernel = "bicubic"
+    alone = True
     layouts = (Layout("patch_embed.proj.weight", read, r"^(model|language_model|lm_head)\."),)
 
     def __init__(

@@ -53,7 +53,7 @@ def up(blocks: int) -> list[nn.Module]:
 class TAEF2(nn.Module):
     """Video (B, 3, T, H, W) in −1 to 1 and latents (B, 32, T, H/8, W/8); no frame knows of another."""
 
-    chunk = PASS
+    chunk, reach = PASS, 0
     config = SimpleNamespace(
         z_dim=CHANNELS, scale_factor_temporal=1, scale_factor_spatial=8,
         latents_mean=[0.0] * CHANNELS, latents_std=[1.0] * CHANNELS,

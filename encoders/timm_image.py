@@ -37,6 +37,8 @@ class TimmEncoder(PublishedEncoder):
         final_norm: whether the network's last norm is applied.
     """
 
+    alone = True
+
     def __init__(
         self,
         weights: str | None,

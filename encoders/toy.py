@@ -32,7 +32,8 @@ class ToyEncoder(FrozenEncoder):
             raise UserError(f"There are no VideoMAE weights (config.json, model.safetensors) in {weights}.") from error
         config = self.model.config
         self.dim, self.tubelet = config.hidden_size, config.tubelet_size
-        self.window, self.side = config.num_frames, config.image_size
+        self.window = self.block = config.num_frames
+        self.side = config.image_size
         self.layer = layer  # of 4; the last says the same in every cell, the sprite's place is in the earlier ones
         self.patches, self.cells = config.image_size // config.patch_size, cells
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)

@@ -47,6 +47,10 @@ class ToyVideoVAE(ModelMixin, ConfigMixin):
 
     chunk = 16
 
+    @property
+    def reach(self) -> int:
+        return steps_back(self.encoder)
+
     @register_to_config
     def __init__(
         self,
@@ -76,7 +80,7 @@ class ToyVideoVAE(ModelMixin, ConfigMixin):
 
     def encode_chunk(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         x, steps = torch.cat([self._before(x) if past is None else past, x], dim=2), -(-x.shape[2] // GROUP)
-        return self._posterior(x).mode()[:, :, -steps:], x[:, :, -GROUP * reach(self.encoder) :]
+        return self._posterior(x).mode()[:, :, -steps:], x[:, :, -GROUP * self.reach :]
 
     @staticmethod
     def _before(x: Tensor) -> Tensor:
@@ -93,9 +97,9 @@ class ToyVideoVAE(ModelMixin, ConfigMixin):
 
     def decode_chunk(self, z: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         steps, z = z.shape[2], z if past is None else torch.cat([past, z], dim=2)
-        return self.decode(z).sample[:, :, -GROUP * steps :], z[:, :, -reach(self.decoder) :]
+        return self.decode(z).sample[:, :, -GROUP * steps :], z[:, :, -steps_back(self.decoder) :]
 
 
-def reach(network: nn.Sequential) -> int:
+def steps_back(network: nn.Sequential) -> int:
     """Steps of the past that one step depends on: each block's shift adds one."""
     return sum(isinstance(layer, Block) for layer in network)

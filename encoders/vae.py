@@ -33,7 +33,7 @@ class FrozenVAE(Frozen):
 
     The model has the config of diffusers' video VAEs and goes from chunk to chunk: `encode_chunk(video, past)` and
     `decode_chunk(latents, past)` give what becomes of a chunk (B, C, T, H, W) and the past of the next one, which is
-    None at first; `chunk` is how many latents one has.
+    None at first; `chunk` is how many latents one has, `reach` how many latents back one looks.
 
     Attributes:
         channels: C of the latents.
@@ -55,6 +55,11 @@ class FrozenVAE(Frozen):
                 f" and sides that are multiples of {self.space_stride}; change data.num_frames, height or width."
             )
         return 1 + (frames - 1) // self.time_stride, height // self.space_stride, width // self.space_stride
+
+    @property
+    def reach(self) -> int:
+        """How many latents back the frames lie that a latent depends on."""
+        return self.model.reach
 
     def seconds(self, times: Tensor) -> Tensor:
         """Frame times (T,) to latent times (T_z,): the first latent sees one frame, each next `time_stride` more."""

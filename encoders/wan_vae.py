@@ -45,6 +45,16 @@ class WanVAE(AutoencoderKLWan):
             )
         return build_network(lambda: cls.from_config(config), checkpoint, (LAYOUT,), torch.float32)
 
+    @property
+    def reach(self) -> int:
+        """28 of the published ones: a convolution over three steps of time looks two back, at the rate of its level."""
+        frames, rate = 0, 1
+        for module in self.encoder.modules():
+            if isinstance(module, WanCausalConv3d):
+                frames += (module.kernel_size[0] - 1) * rate
+                rate *= module.stride[0]
+        return -(-frames // rate)
+
     def encode_chunk(self, video: Tensor, past: Past | None) -> tuple[Tensor, Past]:
         """The first chunk is one frame, each next one four."""
         past = defaultdict(lambda: empty_cache(self.encoder)) if past is None else past

@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm import tqdm
 
 from data.clip import Clip
+from data.cuts import Part
 from encoders import build_encoder
 from encoders.base import FrozenEncoder, fingerprint
 from lightning_semgen import keyed
@@ -54,6 +55,13 @@ class SemanticSpace(nn.Module):
                 f" no tubelet of {self.encoder.tubelet}; raise data.num_frames or data.semantic_fps."
             )
         return grid
+
+    def part_of(self, clip: Clip) -> Part:
+        """How a clip's features or moments are cut from those of a longer one."""
+        steps, encoder = len(self.grid_of(clip).seconds), self.encoder
+        frames = len(clip.semantic_indices) // encoder.tubelet * encoder.tubelet
+        shared = encoder.block and frames % encoder.block == 0 and clip.semantic_period % encoder.block == 0
+        return Part.of(0, steps, clip.semantic_period // encoder.tubelet, 0 if shared else steps)
 
     @cached_property
     def source(self) -> dict:

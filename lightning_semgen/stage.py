@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from data.clip import Clip
+from data.cuts import Part
 from encoders.base import Frozen
 from encoders.text import ByteTextEncoder, FrozenTextEncoder, build_text_encoder
 from lightning_semgen import flow, keyed
@@ -225,21 +226,33 @@ class Stage(LightningModule):
             parts = parts | {"text_encoder": self.text_encoder, "text_encoder_weights": self.text.fingerprint()}
         return parts | {"clip": vars(self.clip)}
 
-    def encode(self, batch: dict) -> dict[str, Tensor | list[Tensor]]:
-        """What the frozen parts say of a batch of clips: {"features": (B, T', H', W', D), "text": B × (L, dim), …}."""
+    def encode(self, batch: dict, *only: str) -> dict[str, Tensor | list[Tensor]]:
+        """What the frozen parts, all or some, say of a batch of clips: {"features": (B, T', H', W', D), "text": B × (L,
+        dim), …}."""
         device = self.trainer.strategy.root_device
         self.move_frozen(device)
         if self.encode_semantics:
             self.space.to(device)
-        return self.encoded_parts(move_data_to_device(batch, device))
+        return self.encoded_parts(move_data_to_device(batch, device), *only)
 
-    def encoded_parts(self, batch: dict) -> dict[str, Tensor | list[Tensor]]:
-        parts = {}
+    def encoded_parts(self, batch: dict, *only: str) -> dict[str, Tensor | list[Tensor]]:
+        return {name: make(batch) for name, make in self.makers.items() if not only or name in only}
+
+    @property
+    def makers(self) -> dict[str, Callable[[dict], Tensor | list[Tensor]]]:
+        """What makes each part of a batch."""
+        makers = {}
         if self.encode_semantics:
-            parts = {"moments": self.space.moments(batch)}
+            makers = {"moments": self.space.moments}
         elif self.space is not None:
-            parts = {"features": self.space.features(batch)}
-        return parts if self.text.learnt else parts | {"text": self.text.embed(batch["caption"])}
+            makers = {"features": self.space.features}
+        return makers if self.text.learnt else makers | {"text": lambda batch: self.text.embed(batch["caption"])}
+
+    @property
+    def cut_parts(self) -> dict[str, Part]:
+        """How the parts of a clip, but for its text, are cut from those of a longer one."""
+        name = "moments" if self.encode_semantics else "features"
+        return {} if self.space is None else {name: self.space.part_of(self.clip)}
 
     # Learning
 

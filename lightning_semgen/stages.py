@@ -5,6 +5,7 @@ from einops import rearrange
 from torch import Tensor
 
 from data.clip import Clip
+from data.cuts import Part
 from encoders.vae import build_vae
 from lightning_semgen import flow, keyed
 from lightning_semgen.compressor import FeatureDecoder
@@ -156,8 +157,16 @@ class LatentStage(Stage):
     def fingerprint(self) -> dict:
         return super().fingerprint() | {"vae": self.vae_name, "vae_weights": self.vae.fingerprint()}
 
-    def encoded_parts(self, batch: dict) -> dict[str, Tensor | list[Tensor]]:
-        return super().encoded_parts(batch) | {"latents": self.latents(batch)}
+    @property
+    def makers(self) -> dict:
+        return super().makers | {"latents": self.latents}
+
+    @property
+    def cut_parts(self) -> dict[str, Part]:
+        steps, own = self.latent_shape[1], self.vae.reach + 1
+        stride, rest = divmod(self.clip.period, self.time_stride)
+        part = Part.of(1, steps, stride, steps if rest else own, 1 + (own - 1) * self.time_stride)
+        return super().cut_parts | {"latents": part}
 
     def latents(self, batch: dict) -> Tensor:
         """(B, C, T_z, H_z, W_z), from the batch or by the VAE."""

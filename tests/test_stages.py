@@ -21,9 +21,9 @@ def batch(shards):
     return collate([stream[position] for position in range(4)])
 
 
-def stage(cls, **options):
+def stage(cls, clip=CLIP, **options):
     torch.manual_seed(0)
-    made = cls(clip=CLIP, sampling_steps=2, **options)
+    made = cls(clip=clip, sampling_steps=2, **options)
     for network in (made.generator, made.ema):
         torch.nn.init.normal_(network.transformer.proj_out.weight, std=0.1)
     made.log = lambda *args, **kwargs: None  # there is no trainer
