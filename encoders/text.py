@@ -34,7 +34,8 @@ class ByteTextEncoder(nn.Module):
         self.gather = nn.Sequential(
             nn.Conv1d(dim, dim, 5, stride=2, padding=2), nn.GELU(), nn.Conv1d(dim, dim, 5, stride=2, padding=2)
         )
-        self.positions = nn.Parameter(torch.randn(self.max_tokens, dim) * 0.02)
+        # Larger than what the convolutions give at first: where they are small, the order of words is hardly learnt.
+        self.positions = nn.Parameter(torch.randn(self.max_tokens, dim) * 0.5)
         layer = nn.TransformerEncoderLayer(dim, 4, 2 * dim, dropout=0.0, batch_first=True, norm_first=True)
         self.mix = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
 

@@ -60,15 +60,19 @@ def transformer_config(stage: Stage) -> dict:
     if is_wan(stage):
         return {"_class_name": "WanTransformer3DModel"} | config
     semantic = getattr(transformer, "semantic_embedding", None)
-    ours = {"semantic_dim": semantic and semantic.in_features, "rotary_rate": transformer.rotary_rate}
+    ours = {
+        "semantic_dim": semantic and semantic.in_features, "rotary_rate": transformer.rotary_rate,
+        "absolute_time": hasattr(transformer, "time_embedding"),
+    }  # fmt: skip
     return {"_class_name": type(transformer).__name__} | config | ours
 
 
 def is_wan(stage: Stage) -> bool:
-    """Whether diffusers' network can say the same: no semantic tokens, steps that begin at 0 and are evenly apart."""
+    """Whether diffusers' network can say the same: nothing of ours, steps that begin at 0 and are evenly apart."""
+    ours = any(hasattr(stage.ema.transformer, layer) for layer in ("semantic_embedding", "time_embedding"))
     seconds = torch.tensor(stage.seconds)
     even = torch.arange(len(seconds)) * seconds[-1] / max(len(seconds) - 1, 1)
-    return not hasattr(stage.ema.transformer, "semantic_embedding") and torch.allclose(seconds, even, atol=1e-4)
+    return not ours and torch.allclose(seconds, even, atol=1e-4)
 
 
 def hint(stage: Stage) -> str:

@@ -11,7 +11,7 @@ from lightning_semgen.errors import UserError
 from lightning_semgen.transformer import SIZES, Size, VideoTransformer
 
 LATENTS_PER_SECOND = 4.0  # of Wan 2.1, which saw 16 fps
-INPUT, OUTPUT, SEMANTIC = "patch_embedding", "proj_out", "semantic_embedding"
+INPUT, OUTPUT, SEMANTIC, TIME = "patch_embedding", "proj_out", "semantic_embedding", "time_embedding"
 TEXT = "condition_embedder.text_embedder.linear_1"
 STAGES_OWN = {"in_channels", "out_channels", "patch_size", "text_dim"}  # what a stage may have otherwise than the file
 
@@ -84,6 +84,8 @@ def new_layers(transformer: VideoTransformer, checkpoint: Checkpoint) -> list[st
         new += [INPUT, OUTPUT]
     if hasattr(transformer, SEMANTIC) and (f"{SEMANTIC}.weight" not in checkpoint or differs(SEMANTIC)):
         new.append(SEMANTIC)
+    if hasattr(transformer, TIME) and f"{TIME}.weight" not in checkpoint:
+        new.append(TIME)
     return new
 
 

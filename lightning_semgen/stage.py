@@ -135,13 +135,15 @@ class Stage(LightningModule):
         patch: tuple[int, int, int],
         semantic_dim: int | None = None,
         window_seconds: float | None = None,
+        absolute_time: bool = False,
     ) -> None:
         """Makes the generator of things with that many channels, and its EMA twin."""
         text = self.text
         rotary_rate = self.rotary_rate or (LATENTS_PER_SECOND if self.init_from else self.clip.fps / self.time_stride)
         transformer = VideoTransformer(
-            channels, text.dim, self.size, patch, semantic_dim, rotary_rate, window_seconds, self.checkpoint_blocks
-        )
+            channels, text.dim, self.size, patch, semantic_dim, rotary_rate, window_seconds, self.checkpoint_blocks,
+            absolute_time,
+        )  # fmt: skip
         self.generator = GeneratorNetwork(text if text.learnt else nn.Identity(), transformer)
         self.ema = deepcopy(self.generator).requires_grad_(False)
 

@@ -24,18 +24,22 @@ class SemanticStage(Stage):
     Args:
         latent_run: run of the latent stage that shows the semantics as videos; null: the run of the compressor.
         shift: of the flow's times towards noise; null: by the number of values of the nominal clip's semantics.
+        absolute_time: whether the generator is told when in the clip a token is, which Wan's network is not: its rotary
+            positions are relative and its text has none, so nothing but the clip's ends tells one scene from another.
     """
 
     partner_option = "--model.latent_run"
 
-    def __init__(self, latent_run: str | None = None, shift: float | None = None, **options):
+    def __init__(
+        self, latent_run: str | None = None, shift: float | None = None, absolute_time: bool = False, **options
+    ):
         super().__init__(**options)
         if self.space is None:
             raise UserError("SemanticStage generates an encoder's features: model.encoder cannot be none.")
         self.partner_run = latent_run or self.space.run
         self.given_shift = shift
         self.seconds, self.shift = self.seconds_of(self.clip), self.shift_of(self.clip)
-        self.build_generator(self.space.channels, patch=(1, 1, 1))
+        self.build_generator(self.space.channels, patch=(1, 1, 1), absolute_time=absolute_time)
         if self.learns_compressor and self.space.compressor.dim is not None:
             self.feature_decoder = FeatureDecoder(self.space.channels, self.space.encoder.dim)
 

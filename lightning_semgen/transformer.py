@@ -176,6 +176,8 @@ class VideoTransformer(nn.Module):
         rotary_rate: rotary positions per second.
         window_seconds: T_w of self-attention's windows; None: every token attends to all.
         checkpoint_blocks: whether training keeps each block's input alone and runs it again in the backward pass.
+        absolute_time: whether the input layer adds the times of z's steps, which rotary positions tell relative to each
+            other alone; nothing at first.
     """
 
     def __init__(
@@ -188,6 +190,7 @@ class VideoTransformer(nn.Module):
         rotary_rate: float = 6.0,
         window_seconds: float | None = None,
         checkpoint_blocks: bool = False,
+        absolute_time: bool = False,
         freq_dim: int = 256,
     ):
         super().__init__()
@@ -202,6 +205,9 @@ class VideoTransformer(nn.Module):
         self._initialise()
         if semantic_dim is not None:  # its bias is the type embedding of the kind, as patch_embedding's is
             self.semantic_embedding = nn.Linear(semantic_dim, size.dim)
+        if absolute_time:
+            self.time_embedding = nn.Linear(freq_dim, size.dim, bias=False)
+            nn.init.zeros_(self.time_embedding.weight)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -221,6 +227,8 @@ class VideoTransformer(nn.Module):
         dtype = self.patch_embedding.weight.dtype
         x = self.patch_embedding(z.to(dtype))
         grid = Grid(seconds[self.patch[0] - 1 :: self.patch[0]], *x.shape[-2:])
+        if hasattr(self, "time_embedding"):
+            x = x + rearrange(self._absolute_time(grid), "t c -> c t 1 1")
         x = rearrange(x, "b c t h w -> b (t h w) c")
         embedding, modulation = self.condition_embedder.time(t)
         grids, times = [grid], [modulation]
@@ -239,6 +247,12 @@ class VideoTransformer(nn.Module):
             else:
                 x = block(*arguments)
         return self._output(x[:, : len(grid)], embedding, grid)
+
+    def _absolute_time(self, grid: Grid) -> Tensor:
+        """(T, dim), of the positions that rotary angles are made of."""
+        weight = self.time_embedding.weight
+        positions = torch.tensor(grid.seconds, device=weight.device) * self.rotary_rate
+        return self.time_embedding(self.condition_embedder.timesteps_proj(positions).to(weight.dtype))
 
     def compile(self, **options) -> None:
         """Compiles the blocks in place, as `torch.compile` with those options; all share a graph for each layout."""

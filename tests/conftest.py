@@ -18,7 +18,7 @@ from lightning_semgen.cli import main  # noqa: E402
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CLIP = Clip(49, 48, 48, 24.0, 1.6)
-LONG = Clip(241, 48, 48, 4.0, 0.8)  # of configs/long.yaml
+LONG = Clip(241, 48, 48, 4.0, 0.2666667)  # of configs/long.yaml
 
 
 @pytest.fixture(autouse=True)

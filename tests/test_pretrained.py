@@ -138,6 +138,15 @@ def test_a_new_semantic_token_is_what_an_empty_latent_is(tmp_path):
     assert other.semantic_embedding.weight.abs().min() > 0
 
 
+def test_absolute_time_is_new_and_nothing_at_first(tmp_path, caplog):
+    saved(tmp_path)
+    mine = ours(absolute_time=True)
+    with caplog.at_level("INFO"):
+        load_wan(mine, str(tmp_path))
+    assert "new: time_embedding" in caplog.text
+    assert mine.time_embedding.weight.abs().max() == 0
+
+
 @pytest.mark.parametrize("dim", [8, 4])
 def test_a_semantic_embedding_is_loaded_where_it_fits(dim, tmp_path):
     trained, mine = ours(semantic_dim=dim), ours(semantic_dim=8)

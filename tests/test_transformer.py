@@ -11,9 +11,9 @@ from lightning_semgen.transformer import SIZES, Semantics, Size, VideoTransforme
 TINY = Size(dim=48, depth=2, heads=2, ffn_dim=96)
 
 
-def network(semantic_dim: int | None = 8) -> VideoTransformer:
+def network(semantic_dim: int | None = 8, absolute_time: bool = False) -> VideoTransformer:
     torch.manual_seed(0)
-    model = VideoTransformer(4, 20, TINY, semantic_dim=semantic_dim)
+    model = VideoTransformer(4, 20, TINY, semantic_dim=semantic_dim, absolute_time=absolute_time)
     torch.manual_seed(1)
     torch.nn.init.normal_(model.proj_out.weight)
     return model
@@ -43,6 +43,17 @@ def test_semantics_and_their_noise_level_change_the_prediction():
 def test_the_first_prediction_is_zero():
     arguments, semantics = inputs()
     assert VideoTransformer(4, 20, TINY, semantic_dim=8)(*arguments, semantics).abs().max() == 0
+
+
+def test_steps_that_look_the_same_are_told_apart_by_absolute_time_alone():
+    (z, t, text, seconds), _ = inputs()
+    alike = torch.ones_like(z)
+    relative, absolute = network(), network(absolute_time=True)
+    torch.testing.assert_close(absolute(z, t, text, seconds), relative(z, t, text, seconds), rtol=0, atol=0)
+    torch.nn.init.normal_(absolute.time_embedding.weight)
+    for model, differs in ((relative, False), (absolute, True)):
+        v = model(alike, t, text, seconds)
+        assert ((v[:, :, 0] - v[:, :, 2]).abs().max() > 1e-2) == differs
 
 
 def test_semantic_tokens_lie_between_the_latent_tokens_that_show_the_same():
