@@ -47,15 +47,25 @@ def link_clip(parser: ArgumentParser) -> None:
 def load_stage(run: str | Path) -> LightningModule:
     """The stage of a run with the weights of its last checkpoint, in eval mode."""
     checkpoint = load_checkpoint(run)
-    config = yaml.safe_load((Path(run) / CONFIG).read_text())
+    stage = build_stage(Path(run) / CONFIG)
+    stage.on_load_checkpoint(checkpoint)
+    stage.load_state_dict(checkpoint["state_dict"])
+    return stage.eval()
+
+
+def build_stage(config: Path) -> LightningModule:
+    """The stage of a run's config, in float32 wherever it is asked for: steps under bf16-true have another default."""
+    options = yaml.safe_load(config.read_text())
     parser = ArgumentParser()
     parser.add_subclass_arguments(LightningModule, "model", required=True)
     parser.add_class_arguments(VideoDataModule, "data")
     link_clip(parser)
-    stage = parser.instantiate_classes(parser.parse_object({name: config[name] for name in ("model", "data")})).model
-    stage.on_load_checkpoint(checkpoint)
-    stage.load_state_dict(checkpoint["state_dict"])
-    return stage.eval()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        return parser.instantiate_classes(parser.parse_object({name: options[name] for name in ("model", "data")})).model
+    finally:
+        torch.set_default_dtype(default)
 
 
 class RunCheckpoint(ModelCheckpoint):
