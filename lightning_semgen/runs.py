@@ -55,15 +55,16 @@ def load_stage(run: str | Path) -> LightningModule:
 
 def build_stage(config: Path) -> LightningModule:
     """The stage of a run's config, in float32 wherever it is asked for: steps under bf16-true have another default."""
-    options = {name: yaml.safe_load(config.read_text())[name] for name in ("model", "data")}
+    options = yaml.safe_load(config.read_text())
     parser = ArgumentParser()
     parser.add_subclass_arguments(LightningModule, "model", required=True)
     parser.add_class_arguments(VideoDataModule, "data")
     link_clip(parser)
+    options = parser.parse_object({name: options[name] for name in ("model", "data")})
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        return parser.instantiate_classes(parser.parse_object(options)).model
+        return parser.instantiate_classes(options).model
     finally:
         torch.set_default_dtype(default)
 
