@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,8 @@ import torch
 from conftest import CONFIGS, SMALL, on_two_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_semgen.runs import load_checkpoint
+from lightning_semgen.cli import main
+from lightning_semgen.runs import load_checkpoint, load_stage
 
 
 def fit(run: str, steps: int, *args: str, config: str = "dim8") -> list[str]:
@@ -84,6 +86,13 @@ def start():
             os.killpg(one.process.pid, signal.SIGKILL)
 
 
+def two_ranks(start, *args: str) -> list[Started]:
+    """Two ranks that are started one by one, as on two machines, by no launcher."""
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [start(*args, **world, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+
+
 LONG = ("--checkpoint.every_n_train_steps=3", "--trainer.accelerator=cpu")
 
 
@@ -120,3 +129,92 @@ def test_sigterm_to_the_process_that_started_the_others(workspace, start):
     run.process.terminate()
     assert run.process.wait() == 143
     assert f"Stopped by SIGTERM at step {load_checkpoint('run')['global_step']}" in run.said
+
+
+def on_one(*args: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lightning", *args])
+        main()
+
+
+def check_close(run: str, other: str, tolerance: float = 0.0) -> None:
+    """Weights, EMA twin, statistics, moments and rates of two runs, 0 for bit by bit."""
+    first, second = load_checkpoint(run), load_checkpoint(other)
+    assert first["global_step"] == second["global_step"]
+    assert first["VideoDataModule"] == second["VideoDataModule"]
+    for name in ("state_dict", "optimizer_states", "lr_schedulers"):
+        torch.testing.assert_close(second[name], first[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.slow
+def test_each_rank_saves_its_share(workspace, start):
+    file, folder = "--trainer.strategy=fsdp2", "--trainer.strategy=fsdp2_dcp"
+    on_two_ranks(*fit("file", 6, file))
+    on_two_ranks(*fit("folder", 6, folder))
+    check_close("file", "folder")
+    assert sorted(path.name for path in Path("folder/checkpoints").iterdir()) == ["last.ckpt"]
+    assert len(list(Path("folder/checkpoints/last.ckpt").glob("*.distcp"))) == 2
+    load_stage("folder")
+
+    for run in ("on_two", "on_one", "as_file"):
+        shutil.copytree("folder", run)
+    on_two_ranks(*fit("file", 9, file))
+    on_two_ranks(*fit("on_two", 9, folder))
+    check_close("file", "on_two")
+    on_two_ranks(*fit("as_file", 9, file))
+    check_close("file", "as_file")
+    on_one(*fit("on_one", 9, "--data.batch_size=4", "--trainer.accelerator=cpu"))
+    check_close("file", "on_one", 1e-4)
+    for run in ("as_file", "on_one"):
+        assert Path(run, "checkpoints/last.ckpt").is_file()
+    alone = (folder, "--data.batch_size=4", "--trainer.accelerator=cpu", "--trainer.devices=1")
+    assert start(*fit("folder", 9, *alone)).process.wait() == 0
+    check_close("file", "folder", 1e-4)
+
+    on_one(*fit("latent", 2, "--model.compressor=on_two", "--data.encoded=null", config="latent_dim8"))
+    on_one("export", "on_two", "exported")
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lightning_semgen")
+
+
+def children(process: int) -> list[int]:
+    found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others(victim, workspace, start):
+    args = fit("run", 2000, *LONG, "--trainer.devices=2", "--trainer.strategy=fsdp2", "--data.num_workers=1")
+    ranks = two_ranks(start, *args)
+    ranks[0].wait_for(Path("run/checkpoints/last.ckpt"))
+    os.kill(ranks[victim].process.pid, signal.SIGKILL)
+    other = ranks[1 - victim]
+    assert other.process.wait(timeout=60) == 1
+    assert f"lightning: Rank {victim} of 2, on {socket.gethostname()}, has died" in other.said
+    assert other.said.strip().endswith("go on from the last checkpoint with --ckpt_path last.")
+
+
+@pytest.mark.slow
+def test_a_rank_that_no_longer_answers_ends_the_others(workspace, start):
+    """Stopped rather than killed, its connections stay open, as those of a machine that has gone."""
+    args = fit("run", 2000, *LONG, "--trainer.devices=2", "--trainer.strategy=ddp", "--heartbeat.timeout=10")
+    ranks = two_ranks(start, *args)
+    ranks[0].wait_for(Path("run/checkpoints/last.ckpt"))
+    ranks[1].process.send_signal(signal.SIGSTOP)
+    assert ranks[0].process.wait(timeout=60) == 1
+    assert "lightning: Rank 1 of 2" in ranks[0].said and "no sign of life for 1" in ranks[0].said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [TORCHRUN, ("-m", "lightning_semgen")])
+def test_launchers_end_what_is_left(program, workspace, start):
+    """torchrun and Lightning's own, which itself is rank 0, end at once too, and one of the two says which rank."""
+    args = fit("run", 2000, *LONG, "--trainer.devices=2", "--trainer.strategy=ddp")
+    run = start(*args, program=program)
+    run.wait_for(Path("run/checkpoints/last.ckpt"))
+    victim = children(run.process.pid)[-1]
+    os.kill(victim, signal.SIGKILL)
+    assert run.process.wait(timeout=60) != 0
+    assert "Rank 1 of 2" in run.said or "[rank: 1] Child process" in run.said
