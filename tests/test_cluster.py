@@ -1,6 +1,7 @@
 """What a run on many ranks meets on a cluster: signals, ranks that die, checkpoints in pieces, bfloat16."""
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -8,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -52,22 +55,37 @@ def free_port() -> int:
 
 
 class Started:
-    """A command in a process group of its own; `said` is all it wrote."""
+    """The command in a forked process with a group of its own; `said` is all it wrote."""
 
-    def __init__(self, *args: str, program: tuple[str, ...] = ("-m", "lightning_semgen"), **environment: str):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIGS.parent)} | environment
-        self.log = Path(f"{time.monotonic_ns()}.log")
-        with self.log.open("w") as log:
-            command = [sys.executable, *program, *args]
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    def __init__(self, *args: str, **environment: str):
+        self.log = Path(f"{time.monotonic_ns()}.log").absolute()
+        self.process = get_context("fork").Process(target=self._run, args=(args, environment))
+        self.process.start()
+
+    def _run(self, args: tuple[str, ...], environment: dict[str, str]) -> None:
+        os.setsid()
+        sys.stdout = sys.stderr = self.log.open("w", buffering=1)
+        for descriptor in (1, 2):
+            os.dup2(sys.stderr.fileno(), descriptor)
+        for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+            for handler in logging.getLogger(name).handlers:
+                handler.setStream(sys.stderr)
+        os.environ |= environment
+        sys.argv = ["lightning", *args]
+        main()
 
     @property
     def said(self) -> str:
         return self.log.read_text()
 
+    def code(self, timeout: float | None = None) -> int | None:
+        """With which it ended; None if it has not within that many seconds."""
+        self.process.join(timeout)
+        return self.process.exitcode
+
     def wait_for(self, path: Path) -> None:
         while not path.exists():
-            assert self.process.poll() is None, self.said
+            assert self.process.is_alive(), self.said
             time.sleep(0.05)
 
 
@@ -76,8 +94,8 @@ def start():
     """Starts commands, of which nothing is left after the test."""
     started = []
 
-    def command(*args: str, **options) -> Started:
-        started.append(Started(*args, **options))
+    def command(*args: str, **environment: str) -> Started:
+        started.append(Started(*args, **environment))
         return started[-1]
 
     yield command
@@ -112,7 +130,7 @@ def test_a_slurm_job_that_is_told_to_end_saves_its_run(number, code, workspace, 
     tasks[0].wait_for(Path("run/checkpoints/last.ckpt"))
     for task in tasks:
         os.killpg(task.process.pid, number)
-    assert [task.process.wait() for task in tasks] == [code, code], tasks[0].said
+    assert [task.code() for task in tasks] == [code, code], tasks[0].said
     step = load_checkpoint("run")["global_step"]
     assert f"Stopped by {number.name} at step {step}: go on with --ckpt_path last" in tasks[0].said
     requeued = number == signal.SIGUSR1
@@ -120,15 +138,6 @@ def test_a_slurm_job_that_is_told_to_end_saves_its_run(number, code, workspace, 
     assert not requeued or Path("scontrol.log").read_text() == "requeue 4700_11\n"
     on_two_ranks(*fit("run", step + 2, "--trainer.strategy=fsdp2"))
     assert load_checkpoint("run")["global_step"] == step + 2
-
-
-@pytest.mark.slow
-def test_sigterm_to_the_process_that_started_the_others(workspace, start):
-    run = start(*fit("run", 2000, *LONG, "--trainer.devices=2", "--trainer.strategy=ddp"))
-    run.wait_for(Path("run/checkpoints/last.ckpt"))
-    run.process.terminate()
-    assert run.process.wait() == 143
-    assert f"Stopped by SIGTERM at step {load_checkpoint('run')['global_step']}" in run.said
 
 
 def on_one(*args: str) -> None:
@@ -171,53 +180,48 @@ def test_each_rank_saves_its_share(workspace, start):
     for run in ("as_file", "on_one"):
         assert Path(run, "checkpoints/last.ckpt").is_file()
     alone = (folder, "--data.batch_size=4", "--trainer.accelerator=cpu", "--trainer.devices=1")
-    assert start(*fit("folder", 9, *alone)).process.wait() == 0
+    assert start(*fit("folder", 9, *alone)).code() == 0
     check_close("file", "folder", 1e-4)
 
     on_one(*fit("latent", 2, "--model.compressor=on_two", "--data.encoded=null", config="latent_dim8"))
     on_one("export", "on_two", "exported")
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lightning_semgen")
+LIGHTNING = ("-m", "lightning_semgen")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *LIGHTNING)
 
 
-def children(process: int) -> list[int]:
-    found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [int(child) for child in found]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_killed_ends_the_others(victim, workspace, start):
-    args = fit("run", 2000, *LONG, "--trainer.devices=2", "--trainer.strategy=fsdp2", "--data.num_workers=1")
-    ranks = two_ranks(start, *args)
-    ranks[0].wait_for(Path("run/checkpoints/last.ckpt"))
-    os.kill(ranks[victim].process.pid, signal.SIGKILL)
-    other = ranks[1 - victim]
-    assert other.process.wait(timeout=60) == 1
-    assert f"lightning: Rank {victim} of 2, on {socket.gethostname()}, has died" in other.said
-    assert other.said.strip().endswith("go on from the last checkpoint with --ckpt_path last.")
-
-
-@pytest.mark.slow
-def test_a_rank_that_no_longer_answers_ends_the_others(workspace, start):
-    """Stopped rather than killed, its connections stay open, as those of a machine that has gone."""
-    args = fit("run", 2000, *LONG, "--trainer.devices=2", "--trainer.strategy=ddp", "--heartbeat.timeout=10")
-    ranks = two_ranks(start, *args)
-    ranks[0].wait_for(Path("run/checkpoints/last.ckpt"))
-    ranks[1].process.send_signal(signal.SIGSTOP)
-    assert ranks[0].process.wait(timeout=60) == 1
-    assert "lightning: Rank 1 of 2" in ranks[0].said and "no sign of life for 1" in ranks[0].said
+@contextlib.contextmanager
+def launched(program: tuple[str, ...], args: list[str]) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """Two ranks that a launcher has started and that have saved once, and where they write to."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIGS.parent)}
+    command, log = [sys.executable, *program, *args, *LONG, "--trainer.devices=2"], Path("launched.log")
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+    try:
+        while not Path("run/checkpoints/last.ckpt").exists():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        yield process, log
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [TORCHRUN, ("-m", "lightning_semgen")])
-def test_launchers_end_what_is_left(program, workspace, start):
-    """torchrun and Lightning's own, which itself is rank 0, end at once too, and one of the two says which rank."""
-    args = fit("run", 2000, *LONG, "--trainer.devices=2", "--trainer.strategy=ddp")
-    run = start(*args, program=program)
-    run.wait_for(Path("run/checkpoints/last.ckpt"))
-    victim = children(run.process.pid)[-1]
-    os.kill(victim, signal.SIGKILL)
-    assert run.process.wait(timeout=60) != 0
-    assert "Rank 1 of 2" in run.said or "[rank: 1] Child process" in run.said
+@pytest.mark.parametrize("program", [LIGHTNING, TORCHRUN])
+def test_launchers_end_what_is_left(program, workspace):
+    """Lightning's, which itself is rank 0, and torchrun end the others too; they or ours say which rank it was."""
+    with launched(program, fit("run", 2000, "--trainer.strategy=ddp")) as (process, log):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert process.wait(timeout=60) != 0
+    assert "Rank 1 of 2" in log.read_text() or "[rank: 1] Child process" in log.read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_process_that_started_the_others(workspace):
+    with launched(LIGHTNING, fit("run", 2000, "--trainer.strategy=ddp")) as (process, log):
+        process.terminate()
+        assert process.wait() == 143
+    assert f"Stopped by SIGTERM at step {load_checkpoint('run')['global_step']}" in log.read_text()
