@@ -19,7 +19,7 @@ from conftest import CONFIGS, SMALL, on_two_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_semgen.cli import main
-from lightning_semgen.runs import load_checkpoint, load_stage
+from lightning_semgen.runs import load_checkpoint, load_stage, partial, replace
 
 
 def fit(run: str, steps: int, *args: str, config: str = "dim8") -> list[str]:
@@ -68,8 +68,7 @@ class Started:
         for descriptor in (1, 2):
             os.dup2(sys.stderr.fileno(), descriptor)
         for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-            for handler in logging.getLogger(name).handlers:
-                handler.setStream(sys.stderr)
+            logging.getLogger(name).handlers = [logging.StreamHandler()]
         os.environ |= environment
         sys.argv = ["lightning", *args]
         main()
@@ -140,6 +139,25 @@ def test_a_slurm_job_that_is_told_to_end_saves_its_run(number, code, workspace, 
     assert load_checkpoint("run")["global_step"] == step + 2
 
 
+def write(path: Path, kind: str) -> None:
+    if kind == "folder":
+        path.mkdir(parents=True)
+        (path / "meta.pt").write_text(path.name)
+    elif kind == "file":
+        path.write_text(path.name)
+
+
+@pytest.mark.parametrize("before", ["nothing", "file", "folder"])
+@pytest.mark.parametrize("after", ["file", "folder"])
+def test_a_checkpoint_takes_the_place_of_any_other(before, after, tmp_path):
+    path = tmp_path / "last.ckpt"
+    write(path, before)
+    write(partial(path), after)
+    replace(path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert (path if after == "file" else path / "meta.pt").read_text() == "last.ckpt.partial"
+
+
 def on_one(*args: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lightning", *args])
@@ -185,6 +203,30 @@ def test_each_rank_saves_its_share(workspace, start):
 
     on_one(*fit("latent", 2, "--model.compressor=on_two", "--data.encoded=null", config="latent_dim8"))
     on_one("export", "on_two", "exported")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others(victim, workspace, start):
+    args = fit("run", 2000, *LONG, "--trainer.devices=2", "--trainer.strategy=fsdp2", "--data.num_workers=1")
+    ranks = two_ranks(start, *args)
+    ranks[0].wait_for(Path("run/checkpoints/last.ckpt"))
+    os.kill(ranks[victim].process.pid, signal.SIGKILL)
+    other = ranks[1 - victim]
+    assert other.code(60) == 1, other.said
+    assert f"lightning: Rank {victim} of 2, on {socket.gethostname()}, has died" in other.said
+    assert other.said.strip().endswith("go on from the last checkpoint with --ckpt_path last.")
+
+
+@pytest.mark.slow
+def test_a_rank_that_no_longer_answers_ends_the_others(workspace, start):
+    """Stopped rather than killed, its connections stay open, as those of a machine that has gone."""
+    args = fit("run", 2000, *LONG, "--trainer.devices=2", "--trainer.strategy=ddp", "--heartbeat.timeout=10")
+    ranks = two_ranks(start, *args)
+    ranks[0].wait_for(Path("run/checkpoints/last.ckpt"))
+    os.kill(ranks[1].process.pid, signal.SIGSTOP)
+    assert ranks[0].code(60) == 1, ranks[0].said
+    assert "lightning: Rank 1 of 2" in ranks[0].said and "no sign of life for 1" in ranks[0].said
 
 
 LIGHTNING = ("-m", "lightning_semgen")
