@@ -43,18 +43,25 @@ class Heartbeat(Callback):
         self.over.clear()
         Thread(target=self._beat, args=(store,), daemon=True).start()
 
-    def _beat(self, store: TCPStore) -> None:
+    def _beat(self, store: TCPStore | None) -> None:
         for beat in count():
             if self.over.wait(BEAT):
                 return
-            try:
-                store.set(self.names[self.rank], f"{gethostname()} {beat}")
-                self._hear(store.multi_get(self.names))
-            except DistError:  # the store is in rank 0 or, under torchrun, beside it
+            if store is None:  # it was in rank 0 or, under torchrun, beside it: nothing is known of the others
                 self.heard[1:] = [time.monotonic() for _ in self.names[1:]]
+            else:
+                store = self._exchange(store, beat)
             if dead := self._dead(self.timeout):
                 print(f"lightning: {dead}", file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread may be in a collective that never ends
+
+    def _exchange(self, store: TCPStore, beat: int) -> TCPStore | None:
+        try:
+            store.set(self.names[self.rank], f"{gethostname()} {beat}")
+            self._hear(store.multi_get(self.names))
+        except DistError:
+            return None
+        return store
 
     def _hear(self, signs: list[bytes]) -> None:
         for rank, (sign, before) in enumerate(zip(signs, self.signs, strict=True)):
