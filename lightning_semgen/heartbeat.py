@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from itertools import count
 from socket import gethostname
@@ -19,7 +20,8 @@ BEAT = 0.5  # seconds between two signs of life
 class Heartbeat(Callback):
     """Ends this rank of a fit when another has died.
 
-    Each rank counts on in the store where the ranks met, from a thread of its own, and looks at the others' counts.
+    Each rank counts on in the store where the ranks met and looks at the others' counts. That is in rank 0 or, under
+    torchrun, beside it; when it is gone, rank 0 is named.
 
     Args:
         timeout: seconds without a sign of life after which a rank is taken for dead; a collective that fails has it
@@ -41,27 +43,23 @@ class Heartbeat(Callback):
         trainer.strategy.barrier()
         self.signs, self.heard = store.multi_get(self.names), [time.monotonic() for _ in self.names]
         self.over.clear()
-        Thread(target=self._beat, args=(store,), daemon=True).start()
+        Thread(target=self._exchange, args=(store,), daemon=True).start()
+        Thread(target=self._watch, daemon=True).start()
 
-    def _beat(self, store: TCPStore | None) -> None:
-        for beat in count():
-            if self.over.wait(BEAT):
-                return
-            if store is None:  # it was in rank 0 or, under torchrun, beside it: nothing is known of the others
-                self.heard[1:] = [time.monotonic() for _ in self.names[1:]]
-            else:
-                store = self._exchange(store, beat)
+    def _exchange(self, store: TCPStore) -> None:
+        with suppress(DistError):
+            for beat in count():
+                store.set(self.names[self.rank], f"{gethostname()} {beat}")
+                self._hear(store.multi_get(self.names))
+                if self.over.wait(BEAT):
+                    return
+
+    def _watch(self) -> None:
+        """In a thread of its own, since a store whose machine hangs may not answer for ever."""
+        while not self.over.wait(BEAT):
             if dead := self._dead(self.timeout):
                 print(f"lightning: {dead}", file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread may be in a collective that never ends
-
-    def _exchange(self, store: TCPStore, beat: int) -> TCPStore | None:
-        try:
-            store.set(self.names[self.rank], f"{gethostname()} {beat}")
-            self._hear(store.multi_get(self.names))
-        except DistError:
-            return None
-        return store
 
     def _hear(self, signs: list[bytes]) -> None:
         for rank, (sign, before) in enumerate(zip(signs, self.signs, strict=True)):
@@ -70,7 +68,7 @@ class Heartbeat(Callback):
         self.signs = signs
 
     def _dead(self, seconds: float) -> str | None:
-        """Who has been silent for that long, as a sentence."""
+        """The first that has been silent for that long, as a sentence."""
         now = time.monotonic()
         for rank, (heard, sign) in enumerate(zip(self.heard, self.signs, strict=True)):
             if rank != self.rank and now - heard > seconds:
