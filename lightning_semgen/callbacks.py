@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from shutil import which
 from signal import SIGTERM, SIGUSR1, Signals, signal
+from socket import gethostname
 
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -16,8 +17,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import DistError
 
 from lightning_semgen.cost import frozen_flops, step_cost, tokens
+from lightning_semgen.errors import UserError
 from lightning_semgen.generator import GeneratedVideo
 from lightning_semgen.pictures import contact_sheet, evenly, file_name
 from lightning_semgen.plan import peak_flops
@@ -116,8 +119,10 @@ class StopOnSignal(Callback):
     def on_train_batch_end(self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        asked = torch.tensor(self.asked, device=trainer.strategy.root_device)
-        asked = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        asked = self.asked
+        if trainer.world_size > 1:
+            asked = torch.tensor(asked, device=trainer.strategy.root_device)
+            asked = int(trainer.strategy.reduce(asked, reduce_op="max"))
         if not asked:
             return
         trainer.save_checkpoint(Path(trainer.default_root_dir) / LAST, weights_only=False)
@@ -134,6 +139,18 @@ def requeue() -> None:
     """Puts this SLURM job back in its queue; of an array, this task alone."""
     array = [os.environ[name] for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") if name in os.environ]
     subprocess.run(["scontrol", "requeue", "_".join(array) or os.environ["SLURM_JOB_ID"]], check=False)
+
+
+class LostRank(Callback):
+    """What a collective says at length when another rank has died or is stuck, in one sentence."""
+
+    def on_exception(self, trainer: Trainer, stage: Stage, exception: BaseException) -> None:
+        if trainer.world_size > 1 and (isinstance(exception, DistError) or "gloo" in str(exception)):
+            raise UserError(
+                f"Rank {trainer.global_rank} of {trainer.world_size}, on {gethostname()}, has lost another one"
+                f" ({str(exception).strip().splitlines()[0]}): what that one printed last says why. Go on from the last"
+                " checkpoint with --ckpt_path last."
+            ) from exception
 
 
 class WriteResults(BasePredictionWriter):

@@ -27,12 +27,11 @@ from lightning_semgen import (
     toy_parts,  # noqa: F401
 )
 from lightning_semgen.board import CompareRuns, RunLogger
-from lightning_semgen.callbacks import Progress, ReferenceSheet, StopOnSignal, Throughput, WriteResults
+from lightning_semgen.callbacks import LostRank, Progress, ReferenceSheet, StopOnSignal, Throughput, WriteResults
 from lightning_semgen.doctor import doctor
 from lightning_semgen.errors import UserError
 from lightning_semgen.export import export_run
 from lightning_semgen.gallery import Gallery
-from lightning_semgen.heartbeat import Heartbeat
 from lightning_semgen.plan import GPUS, Setting, plan, table
 from lightning_semgen.rejects import Rejects
 from lightning_semgen.runs import (
@@ -60,7 +59,6 @@ class SemGenCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(Heartbeat, "heartbeat")
         link_clip(parser)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
@@ -111,6 +109,7 @@ class SemGenCLI(LightningCLI):
             WriteResults(),
             ReferenceSheet(),
             StopOnSignal(),
+            LostRank(),
         ]
         if config.enable_progress_bar is not False:
             callbacks.append(Progress())
