@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from lightning_semgen.stage import Stage, reports
 from lightning_semgen.video import Video, glimpses
 
 SHOWN = 16  # clips of a contact sheet
+GLOO = re.compile("gloo|pair closure")  # what its errors say, which are RuntimeErrors
 REFERENCES, VARIANTS = 8, 3  # of them, and of each in its row, on theirs
 
 
@@ -145,7 +147,7 @@ class LostRank(Callback):
     """What a collective says at length when another rank has died or is stuck, in one sentence."""
 
     def on_exception(self, trainer: Trainer, stage: Stage, exception: BaseException) -> None:
-        if trainer.world_size > 1 and (isinstance(exception, DistError) or "gloo" in str(exception)):
+        if trainer.world_size > 1 and (isinstance(exception, DistError) or GLOO.search(str(exception))):
             raise UserError(
                 f"Rank {trainer.global_rank} of {trainer.world_size}, on {gethostname()}, has lost another one"
                 f" ({str(exception).strip().splitlines()[0]}): what that one printed last says why. Go on from the last"
