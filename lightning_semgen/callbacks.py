@@ -2,19 +2,26 @@
 
 import json
 import os
+import re
+import subprocess
 import sys
 import time
 from pathlib import Path
-from signal import SIGUSR1, signal
+from shutil import which
+from signal import SIGTERM, SIGUSR1, Signals, signal
+from socket import gethostname
 
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import DistError
 
 from lightning_semgen.cost import frozen_flops, step_cost, tokens
+from lightning_semgen.errors import UserError
 from lightning_semgen.generator import GeneratedVideo
 from lightning_semgen.pictures import contact_sheet, evenly, file_name
 from lightning_semgen.plan import peak_flops
@@ -23,6 +30,7 @@ from lightning_semgen.stage import Stage, reports
 from lightning_semgen.video import Video, glimpses
 
 SHOWN = 16  # clips of a contact sheet
+GLOO = re.compile("gloo|pair closure")  # what its errors say, which are RuntimeErrors
 REFERENCES, VARIANTS = 8, 3  # of them, and of each in its row, on theirs
 
 
@@ -93,21 +101,58 @@ class Throughput(Callback):
 
 
 class StopOnSignal(Callback):
-    """SIGUSR1 to any rank: at the next report all save the run together and end with code 75, "try again"."""
+    """SIGUSR1 or SIGTERM to any rank: after the step at hand all save the run together and end.
+
+    SIGUSR1 is "go on later": a SLURM job is put back in its queue, and the exit code is 75. SIGTERM is "stop": 143.
+    """
 
     def setup(self, trainer: Trainer, pl_module: Stage, stage: str) -> None:
-        self.asked = False
+        self.asked = 0
         if stage == "fit":
-            signal(SIGUSR1, self._ask)  # before Lightning's, which would save elsewhere and leaves ours in place
+            signal(SIGUSR1, self._ask)  # before Lightning's, and for the loader's processes too, which SLURM also tells
 
-    def _ask(self, *_) -> None:
-        self.asked = True
+    def on_train_start(self, trainer: Trainer, pl_module: Stage) -> None:
+        # In place of Lightning's handler, which talks to the other ranks in the middle of whatever they do.
+        signal(SIGTERM, self._ask)
+
+    def _ask(self, number: int, _) -> None:
+        self.asked = max(self.asked, number)
 
     def on_train_batch_end(self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int) -> None:
-        if reports(trainer, batch_idx) and trainer.strategy.reduce_boolean_decision(self.asked, all=False):
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / LAST, weights_only=False)
-            rank_zero_info(f"Stopped by SIGUSR1 at step {trainer.global_step}: go on with --ckpt_path last.")
-            sys.exit(os.EX_TEMPFAIL)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        asked = self.asked
+        if trainer.world_size > 1:
+            asked = torch.tensor(asked, device=trainer.strategy.root_device)
+            asked = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        if not asked:
+            return
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / LAST, weights_only=False)
+        name = Signals(asked).name
+        rank_zero_info(f"Stopped by {name} at step {trainer.global_step}: go on with --ckpt_path last.")
+        if asked == SIGTERM:
+            sys.exit(128 + SIGTERM)
+        if trainer.is_global_zero and SLURMEnvironment.detect() and which("scontrol"):
+            requeue()
+        sys.exit(os.EX_TEMPFAIL)
+
+
+def requeue() -> None:
+    """Puts this SLURM job back in its queue; of an array, this task alone."""
+    array = [os.environ[name] for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") if name in os.environ]
+    subprocess.run(["scontrol", "requeue", "_".join(array) or os.environ["SLURM_JOB_ID"]], check=False)
+
+
+class LostRank(Callback):
+    """What a collective says at length when another rank has died or is stuck, in one sentence."""
+
+    def on_exception(self, trainer: Trainer, stage: Stage, exception: BaseException) -> None:
+        if trainer.world_size > 1 and (isinstance(exception, DistError) or GLOO.search(str(exception))):
+            raise UserError(
+                f"Rank {trainer.global_rank} of {trainer.world_size}, on {gethostname()}, has lost another one"
+                f" ({str(exception).strip().splitlines()[0]}): what that one printed last says why. Go on from the last"
+                " checkpoint with --ckpt_path last."
+            ) from exception
 
 
 class WriteResults(BasePredictionWriter):

@@ -27,7 +27,7 @@ from lightning_semgen import (
     toy_parts,  # noqa: F401
 )
 from lightning_semgen.board import CompareRuns, RunLogger
-from lightning_semgen.callbacks import Progress, ReferenceSheet, StopOnSignal, Throughput, WriteResults
+from lightning_semgen.callbacks import LostRank, Progress, ReferenceSheet, StopOnSignal, Throughput, WriteResults
 from lightning_semgen.doctor import doctor
 from lightning_semgen.errors import UserError
 from lightning_semgen.export import export_run
@@ -39,6 +39,8 @@ from lightning_semgen.runs import (
     AtomicCheckpointIO,
     RunCheckpoint,
     SaveRunConfig,
+    checkpoint_facts,
+    is_checkpoint,
     last_checkpoint,
     link_clip,
     run_folder,
@@ -80,8 +82,10 @@ class SemGenCLI(LightningCLI):
         """The checkpoint to start from; UserError where it is missing or a fit would overwrite a run."""
         last = run / LAST
         if ckpt_path not in (None, "last"):
-            path = last_checkpoint(ckpt_path) if Path(ckpt_path).is_dir() else Path(ckpt_path)
-            if not path.is_file():
+            path = Path(ckpt_path)
+            if path.is_dir() and not is_checkpoint(path):
+                path = last_checkpoint(path)
+            if not is_checkpoint(path):
                 raise UserError(f"There is no checkpoint {ckpt_path}: --ckpt_path takes last, a run folder or a file.")
         elif self.subcommand == "fit" and ckpt_path is None:
             path = None
@@ -105,6 +109,7 @@ class SemGenCLI(LightningCLI):
             WriteResults(),
             ReferenceSheet(),
             StopOnSignal(),
+            LostRank(),
         ]
         if config.enable_progress_bar is not False:
             callbacks.append(Progress())
@@ -112,7 +117,7 @@ class SemGenCLI(LightningCLI):
         if config.logger is None:
             resumed = self._get(self.config, "ckpt_path") if self.subcommand == "fit" else None
             # Points past the checkpoint are dropped; its own validation has the number of its step.
-            step = torch.load(resumed, map_location="meta", weights_only=True)["global_step"] + 1 if resumed else 0
+            step = checkpoint_facts(Path(resumed))["global_step"] + 1 if resumed else 0
             folder = run if self.subcommand in (None, "fit") else run / self.subcommand
             kwargs["logger"] = RunLogger(folder.absolute(), purge_step=step)
         plugins = config.plugins or []

@@ -85,7 +85,8 @@ class SemanticSpace(nn.Module):
 
     def load_compressor(self, run: str) -> None:
         """From a run's folder or checkpoint; UserError where that is of another kind or still being learnt."""
-        checkpoint = load_checkpoint(run, mmap=True)  # the compressor is the least of it
+        prefix = "space.compressor."
+        checkpoint = load_checkpoint(run, {f"state_dict.{prefix}{name}" for name in self.compressor.state_dict()})
         found = checkpoint["semantics"]
         for name, value in self.facts.items():
             if found.get(name) != value:
@@ -98,7 +99,6 @@ class SemanticSpace(nn.Module):
                 f"The compressor in {run} is still being learnt at step {checkpoint['global_step']}: let that fit"
                 " go on past its model.compressor_steps."
             )
-        prefix = "space.compressor."
         state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
         self.compressor.load_state_dict(state)
         self.loaded = fingerprint(self.compressor)

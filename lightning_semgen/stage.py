@@ -24,7 +24,7 @@ from lightning_semgen.errors import UserError
 from lightning_semgen.learning_rate import adamw
 from lightning_semgen.metrics import Adherence, ChannelStatistics, TimeBands
 from lightning_semgen.pretrained import LATENTS_PER_SECOND, load_wan
-from lightning_semgen.runs import LAST, load_stage
+from lightning_semgen.runs import LAST, is_checkpoint, load_stage
 from lightning_semgen.semantics import SemanticSpace
 from lightning_semgen.strategies import named, shard, total_norm
 from lightning_semgen.transformer import Semantics, VideoTransformer, size_of
@@ -444,7 +444,7 @@ class Stage(LightningModule):
         return partner
 
     def can_make_videos(self) -> bool:
-        return self.partner_run is not None and (Path(self.partner_run) / LAST).is_file()
+        return self.partner_run is not None and is_checkpoint(Path(self.partner_run) / LAST)
 
     def videos(self, captions: list[str], keys: Tensor) -> list[Video]:
         """Videos for prompts; each depends on its prompt and key alone."""

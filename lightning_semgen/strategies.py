@@ -1,15 +1,18 @@
-"""Sharded training by name: `trainer.strategy` fsdp, fsdp_hybrid, fsdp2 and fsdp2_hybrid.
+"""Sharded training by name: `trainer.strategy` fsdp and fsdp2, with _hybrid, _dcp or _hybrid_dcp behind.
 
 A stage's weights, their EMA twin and the optimiser's moments are spread over all GPUs; the hybrid forms spread them
-over those of a node and keep a copy in each node.
+over those of a node and keep a copy in each node. With _dcp a checkpoint is a folder of torch.distributed.checkpoint,
+in which each rank writes its share; without, the first rank gathers all of it into one file.
 """
 
 from collections.abc import Iterable, Mapping
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -18,6 +21,7 @@ from torch.optim import Optimizer
 
 from encoders.text import ByteTextEncoder
 from lightning_semgen.compressor import MLP
+from lightning_semgen.runs import partial, remove, replace
 from lightning_semgen.transformer import Block, VideoTransformer
 
 # Each is gathered as a whole when it is called. Together they hold every parameter of a stage, since what is called
@@ -25,25 +29,45 @@ from lightning_semgen.transformer import Block, VideoTransformer
 GATHERED = {Block, VideoTransformer, ByteTextEncoder, MLP}
 
 
-class NamedOptimizerState:
-    """Optimiser states by the parameters' names: Lightning's own numbers count also what is not in the optimiser."""
+class Checkpoints(Strategy):
+    """What both strategies save, as one file or each rank its share."""
+
+    distributed_checkpoint: bool
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """All of it on the first rank, nothing on the others."""
+        """By the parameters' names: Lightning's own numbers count also what is not in the optimiser.
+
+        For one file all of it on the first rank, nothing on the others.
+        """
+        if self.distributed_checkpoint:
+            return super().optimizer_state(optimizer)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return get_optimizer_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer), options=options)
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        if not self.distributed_checkpoint:
+            return Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+        if self.is_global_zero:
+            remove(partial(filepath))
+        self.barrier()
+        super().save_checkpoint(checkpoint, partial(filepath), storage_options)
+        if self.is_global_zero:
+            replace(filepath)
 
-class FSDP(NamedOptimizerState, FSDPStrategy):
+
+class FSDP(Checkpoints, FSDPStrategy):
     """Lightning's FSDPStrategy, wrapped part by part.
 
     Args:
         hybrid: whether each node keeps a copy of its own.
+        distributed_checkpoint: whether each rank saves its share, in a folder.
     """
 
-    def __init__(self, hybrid: bool = False, **options):
+    def __init__(self, hybrid: bool = False, distributed_checkpoint: bool = False, **options):
         sharding = "HYBRID_SHARD" if hybrid else "FULL_SHARD"
-        super().__init__(auto_wrap_policy=GATHERED, sharding_strategy=sharding, **options)
+        kind = "sharded" if distributed_checkpoint else "full"
+        super().__init__(auto_wrap_policy=GATHERED, sharding_strategy=sharding, state_dict_type=kind, **options)
+        self.distributed_checkpoint = distributed_checkpoint
 
     @property
     def mixed_precision_config(self) -> None:
@@ -55,16 +79,17 @@ class FSDP(NamedOptimizerState, FSDPStrategy):
         self.model.check_is_root()  # settles it before a part is called by itself, as for measuring the semantics
 
 
-class FSDP2(NamedOptimizerState, ModelParallelStrategy):
+class FSDP2(Checkpoints, ModelParallelStrategy):
     """Lightning's ModelParallelStrategy as data parallelism alone; the stage shards itself by `shard`.
 
     Args:
         hybrid: whether each node keeps a copy of its own.
+        distributed_checkpoint: whether each rank saves its share, in a folder.
     """
 
-    def __init__(self, hybrid: bool = False, **options):
-        super().__init__(save_distributed_checkpoint=False, **options)
-        self.hybrid = hybrid
+    def __init__(self, hybrid: bool = False, distributed_checkpoint: bool = False, **options):
+        super().__init__(save_distributed_checkpoint=distributed_checkpoint, **options)
+        self.hybrid, self.distributed_checkpoint = hybrid, distributed_checkpoint
 
     def setup_environment(self) -> None:
         # Lightning's "auto" is nodes × GPUs of a node, which is what hybrid sharding takes.
@@ -74,8 +99,10 @@ class FSDP2(NamedOptimizerState, ModelParallelStrategy):
 
 
 for name, strategy in {"fsdp": FSDP, "fsdp2": FSDP2}.items():
-    StrategyRegistry.register(name, strategy, override=True)
-    StrategyRegistry.register(f"{name}_hybrid", strategy, hybrid=True)
+    for hybrid, dcp in product((False, True), repeat=2):
+        options = {"hybrid": hybrid, "distributed_checkpoint": dcp}
+        full_name = name + "_hybrid" * hybrid + "_dcp" * dcp
+        StrategyRegistry.register(full_name, strategy, override=True, **options)
 
 
 def shard(stage: LightningModule) -> None:

@@ -1,8 +1,10 @@
 """What needs GPUs: every strategy on all of them, in bfloat16, with compiled blocks."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from lightning_semgen.runs import load_checkpoint, load_stage
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STRATEGIES = ["ddp", "fsdp", "fsdp2"]
+SHARES = ["fsdp_dcp", "fsdp2_dcp"]  # of which each rank saves its share
 
 
 def fit(run: str, *args: str) -> None:
@@ -23,7 +26,7 @@ def fit(run: str, *args: str) -> None:
     subprocess.run(command, env=os.environ | {"PYTHONPATH": str(CONFIGS.parent)}, check=True)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *SHARES])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_a_fit_in_bfloat16_is_resumed_and_read(strategy, precision, workspace):
     options = (f"--trainer.strategy={strategy}", f"--trainer.precision={precision}")
@@ -47,6 +50,25 @@ def test_all_gpus_learn_what_one_learns(strategy, workspace):
     one, every = (load_checkpoint(run)["state_dict"] for run in ("one", "all"))
     for name, tensor in one.items():
         torch.testing.assert_close(every[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("strategy", SHARES)
+def test_a_run_goes_on_from_shares_on_all_gpus_and_on_one(strategy, workspace):
+    gpus = torch.cuda.device_count()
+    every = (f"--trainer.devices={gpus}", f"--trainer.strategy={strategy}", "--data.batch_size=2")
+    fit("unbroken", *every, "--trainer.max_steps=10")
+    fit("all", *every, "--trainer.max_steps=6")
+    assert len(list(Path("all/checkpoints/last.ckpt").glob("*.distcp"))) == gpus
+    shutil.copytree("all", "one")
+    fit("all", *every, "--trainer.max_steps=10", "--ckpt_path=last")
+    one = ("--trainer.devices=1", f"--data.batch_size={2 * gpus}")
+    fit("one", *one, "--trainer.max_steps=10", "--ckpt_path=last")
+    unbroken = load_checkpoint("unbroken")
+    for run in ("all", "one"):
+        found = load_checkpoint(run)
+        moments = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (found, unbroken)]
+        for one, two in ((found["state_dict"], unbroken["state_dict"]), moments):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
