@@ -79,15 +79,19 @@ def torchcodec_twice(video: bytes, clip: Clip) -> None:
         torch.nn.functional.interpolate(frames.float(), (side, side), mode="bilinear", antialias=True)
 
 
-def seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each, taken in turns so that a noisy minute is everyone's."""
+def rounds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """CPU seconds of each, taken in turns so that a noisy minute is everyone's."""
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in tqdm(range(repeats), desc=", ".join(functions), leave=False):
         for name, function in functions.items():
             begin = time.process_time()
             function()
             taken[name].append(time.process_time() - begin)
-    return {name: median(values) for name, values in taken.items()}
+    return taken
+
+
+def seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    return {name: median(values) for name, values in rounds(functions, repeats).items()}
 
 
 def line(name: str, value: str) -> None:
@@ -105,9 +109,10 @@ def dual_rate(folder: Path, repeats: int) -> None:
         for name, function in (("decord", decord_twice), ("torchcodec", torchcodec_twice)):
             if find_spec(name):
                 ways[f"{name}, two passes"] = lambda f=function, v=video, c=clip: f(v, c)
-        times = seconds(ways, repeats)
+        times = rounds(ways, repeats)
         for name in list(ways)[1:]:
-            line(f"dual-rate clips of {length} s, 480p: clips/s against {name}", f"{times[name] / times['ours']:.2f}")
+            ratio = median(other / ours for other, ours in zip(times[name], times["ours"], strict=True))
+            line(f"dual-rate clips of {length} s, 480p: clips/s against {name}", f"{ratio:.2f}")
 
 
 def seeking(repeats: int) -> None:
