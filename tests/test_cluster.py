@@ -1,8 +1,9 @@
-"""What a run on many ranks meets on a cluster: signals, ranks that die, checkpoints in pieces, bfloat16."""
+"""What a run on many ranks meets on a cluster: signals, ranks that die, checkpoints in pieces."""
 
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -30,22 +31,6 @@ def fit(run: str, steps: int, *args: str, config: str = "dim8") -> list[str]:
         "--model.compressor_steps=4", "--model.warmup_steps=5", f"--trainer.default_root_dir={run}",
         f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}", *resume, *args,
     ]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_two_ranks_make_videos_with_weights_in_bfloat16(workspace):
-    options = ("--trainer.strategy=fsdp2", "--trainer.precision=bf16-true")
-    on_two_ranks(*fit("semantic", 6, *options))
-    learnt = ("--model.compressor=semantic", "--data.encoded=null")
-    on_two_ranks(*fit("latent", 3, *learnt, *options, config="latent_dim8"))
-    state = load_checkpoint("latent")["state_dict"]
-    assert all(tensor.isfinite().all() for tensor in state.values())
-    assert state["generator.transformer.proj_out.weight"].dtype == torch.bfloat16
-    assert state["ema.transformer.proj_out.weight"].dtype == torch.float32
-    assert state["space.compressor.standardise.var"].dtype == torch.float32
-    assert "gallery/videos" in EventAccumulator("latent").Reload().Tags()["images"]
-    on_two_ranks("test", "-c", "latent/config.yaml", *SMALL, *options, "--trainer.limit_test_batches=1")
-    assert len(list(Path("latent", "test").glob("*.mp4"))) == 8  # a batch of 4 on each rank
 
 
 def free_port() -> int:
@@ -264,7 +249,7 @@ def test_launchers_end_what_is_left(program, workspace):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
         assert process.wait(timeout=60) != 0
-    assert "Rank 1 of 2" in log.read_text() or "[rank: 1] Child process" in log.read_text()
+    assert re.search(r"has lost another one|\[rank: 1\] Child process|rank +: 1 ", log.read_text())
 
 
 @pytest.mark.slow

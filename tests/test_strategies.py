@@ -117,7 +117,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(runs, fails):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16-mixed"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_both_stages_of_a_sharded_run_make_videos(precision, runs):
     options = ("--trainer.strategy=fsdp2", f"--trainer.precision={precision}")
     semantic, latent = f"semantic_{precision}", f"latent_{precision}"
