@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIGS, SMALL, on_two_ranks
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_semgen.cli import main
 from lightning_semgen.runs import load_checkpoint, load_stage, partial, replace
