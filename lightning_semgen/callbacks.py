@@ -30,8 +30,8 @@ from lightning_semgen.stage import Stage, reports
 from lightning_semgen.video import Video, glimpses
 
 SHOWN = 16  # clips of a contact sheet
-GLOO = re.compile("gloo|pair closure")  # what its errors say, which are RuntimeErrors
 REFERENCES, VARIANTS = 8, 3  # of them, and of each in its row, on theirs
+GLOO = re.compile("gloo|pair closure")  # what its errors say, which are RuntimeErrors
 
 
 class Progress(TQDMProgressBar):
