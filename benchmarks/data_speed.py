@@ -7,15 +7,14 @@ import argparse
 import io
 import resource
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 
 import av
 import numpy as np
 import torch
+from measuring import faster, medians, rounds
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -79,19 +78,8 @@ def torchcodec_twice(video: bytes, clip: Clip) -> None:
         torch.nn.functional.interpolate(frames.float(), (side, side), mode="bilinear", antialias=True)
 
 
-def rounds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of each, taken in turns so that a noisy minute is everyone's."""
-    taken: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in tqdm(range(repeats), desc=", ".join(functions), leave=False):
-        for name, function in functions.items():
-            begin = time.process_time()
-            function()
-            taken[name].append(time.process_time() - begin)
-    return taken
-
-
 def seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    return {name: median(values) for name, values in rounds(functions, repeats).items()}
+    return medians(rounds(functions, "cpu", repeats))
 
 
 def line(name: str, value: str) -> None:
@@ -109,9 +97,9 @@ def dual_rate(folder: Path, repeats: int) -> None:
         for name, function in (("decord", decord_twice), ("torchcodec", torchcodec_twice)):
             if find_spec(name):
                 ways[f"{name}, two passes"] = lambda f=function, v=video, c=clip: f(v, c)
-        times = rounds(ways, repeats)
+        times = rounds(ways, "cpu", repeats)
         for name in list(ways)[1:]:
-            ratio = median(other / ours for other, ours in zip(times[name], times["ours"], strict=True))
+            ratio = faster(times["ours"], times[name])
             line(f"dual-rate clips of {length} s, 480p: clips/s against {name}", f"{ratio:.2f}")
 
 

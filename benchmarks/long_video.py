@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from measuring import medians, peak_memory
+from measuring import faster, medians, peak_memory, rounds
 
 from lightning_semgen.positions import Grid
 from lightning_semgen.transformer import Semantics, Size, VideoTransformer, size_of
@@ -44,7 +44,7 @@ def exponent(values: list[float]) -> float:
     return np.polyfit(np.log(LENGTHS), np.log(values), 1)[0]
 
 
-def table(run, network: VideoTransformer, cells: list[int], device: str, rounds: int) -> None:
+def table(run, network: VideoTransformer, cells: list[int], device: str, number: int) -> None:
     print(f"\n{run.__name__}\n seconds   tokens   windows s      full s   faster   windows GB   full GB")
     dtype, rows = network.proj_out.weight.dtype, []
     for seconds in LENGTHS:
@@ -52,11 +52,11 @@ def table(run, network: VideoTransformer, cells: list[int], device: str, rounds:
         tokens = len(arguments[3]) * cells[0] * cells[1] // 4
         runs = {name: partial(run, network, arguments, w) for name, w in (("windows", 5.0), ("full", None))}
         memory = [peak_memory(function, device) / 1e9 for function in runs.values()]
-        time = medians(runs, device, rounds)
+        times = rounds(runs, device, number)
+        time, ratio = medians(times), faster(times["windows"], times["full"])
         rows.append((time["windows"], memory[0]))
-        faster = time["full"] / time["windows"]
         print(
-            f"{seconds:8} {tokens:8} {time['windows']:11.3f} {time['full']:11.3f} {faster:7.2f}×"
+            f"{seconds:8} {tokens:8} {time['windows']:11.3f} {time['full']:11.3f} {ratio:7.2f}×"
             f" {memory[0]:12.3f} {memory[1]:9.3f}",
             flush=True,
         )

@@ -1,36 +1,29 @@
-"""Lightning's loop, with all that a stage logs, against a plain loop on the same stage, batch and optimiser.
+"""Lightning's loop, with all that a stage logs, against a plain loop on the same stage, batches and optimiser.
 
 python benchmarks/loop.py [--size S]
 
-Both draw the same noise, step fused AdamW and the EMA twin. Runs alternate; medians of the process's own time count.
+Within one fit a step of the plain loop follows each of Lightning's, so that a noisy minute is both's. Both draw the
+same noise, step fused AdamW and the EMA twin. Seconds are the process's own, the ratio is the median of the steps'.
 """
 
 import argparse
 import copy
-import time
-from statistics import median
+import tempfile
 
 import torch
 from lightning import Trainer
 from lightning.pytorch import Callback
+from measuring import clock, faster, medians
 from torch.utils.data import DataLoader
 
 from data.clip import Clip
 from lightning_semgen import flow, keyed
+from lightning_semgen.board import RunLogger
+from lightning_semgen.callbacks import Progress
 from lightning_semgen.stages import LatentStage
 
 CLIP = Clip(num_frames=49, height=96, width=96, fps=24.0, semantic_fps=1.6)
-BATCH, SKIPPED = 2, 2  # clips; steps at the start that are not counted
-
-
-class Clock(Callback):
-    """The process's time at the start of each step."""
-
-    def __init__(self):
-        self.times = []
-
-    def on_train_batch_start(self, *_) -> None:
-        self.times.append(time.process_time())
+BATCH, SKIPPED = 2, 3  # clips; steps at the start that are not counted
 
 
 def batches(stage: LatentStage, steps: int) -> list[dict]:
@@ -40,47 +33,55 @@ def batches(stage: LatentStage, steps: int) -> list[dict]:
     return [{"latents": latents, "caption": caption, "key": p, "position": p} for p in positions]
 
 
-def lightning(stage: LatentStage, steps: int) -> list[float]:
-    clock = Clock()
-    trainer = Trainer(
-        accelerator="cpu", max_steps=steps, callbacks=[clock], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(stage, DataLoader(batches(stage, steps), batch_size=None))
-    return clock.times
+class PlainLoop(Callback):
+    """Takes a step of its own after each of Lightning's, on a copy of the stage, and both's times."""
 
+    def __init__(self, stage: LatentStage):
+        self.stage = copy.deepcopy(stage).train()
+        self.optimiser = torch.optim.AdamW(self.stage.generator.parameters(), betas=(0.9, 0.99), fused=True)
+        self.times = {"plain": [], "Lightning": []}
 
-def plain(stage: LatentStage, steps: int) -> list[float]:
-    optimiser = torch.optim.AdamW(stage.generator.parameters(), betas=(0.9, 0.99), fused=True)
-    times, stage = [], stage.train()
-    for batch in batches(stage, steps):
-        times.append(time.process_time())
+    def on_train_start(self, *_) -> None:
+        self.since = clock("cpu")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch: dict, batch_idx: int) -> None:
+        start = clock("cpu")  # what Lightning does after this hook is of its next step
+        self.step(batch)
+        end = clock("cpu")
+        if batch_idx >= SKIPPED:
+            self.times["Lightning"].append(start - self.since)
+            self.times["plain"].append(end - start)
+        self.since = end
+
+    def step(self, batch: dict) -> None:
+        stage = self.stage
         t = flow.logit_normal(keyed.normal(batch["key"], "time"), stage.shift)
         prompt = stage.prompt(batch, stage.prompt_dropout)
-        stage.flow_loss(stage.generator, batch["latents"], batch, t, prompt, None).mean().backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        stage.flow_loss(stage.generator, stage.latents(batch), batch, t, prompt, None).mean().backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(list(stage.ema.parameters()), list(stage.generator.parameters()), 0.001)
-    return times
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", default="S")
-    parser.add_argument("--steps", type=int, default=8, help="of a run")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each loop")
+    parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
     torch.manual_seed(0)
     stage = LatentStage(clip=CLIP, encoder="none", size=args.size)
-    taken = {"plain": [], "Lightning": []}
-    for _ in range(args.rounds):
-        for loop, name in ((plain, "plain"), (lightning, "Lightning")):
-            times = loop(copy.deepcopy(stage), args.steps + SKIPPED + 1)[SKIPPED:]
-            taken[name] += [end - start for start, end in zip(times, times[1:], strict=False)]
-    steps = {name: median(values) for name, values in taken.items()}
-    print("  ".join(f"{name} {seconds * 1e3:.1f} ms a step" for name, seconds in steps.items()))
-    print(f"Lightning / plain {steps['Lightning'] / steps['plain']:.3f}")
+    plain = PlainLoop(stage)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            accelerator="cpu", max_steps=args.steps + SKIPPED, callbacks=[plain, Progress()],
+            logger=RunLogger(folder, purge_step=None), log_every_n_steps=10, enable_checkpointing=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(stage, DataLoader(batches(stage, trainer.max_steps), batch_size=None))
+    for name, seconds in medians(plain.times).items():
+        print(f"{name} {seconds * 1e3:.1f} ms a step")
+    print(f"Lightning / plain {faster(plain.times['plain'], plain.times['Lightning']):.3f}")
 
 
 if __name__ == "__main__":

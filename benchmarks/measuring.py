@@ -1,4 +1,4 @@
-"""Time and memory of a function, as the benchmarks of the generators take them."""
+"""Time and memory of functions, as the benchmarks take them."""
 
 import ctypes
 import os
@@ -9,8 +9,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from tqdm import tqdm
 
 M_MMAP_THRESHOLD, SMALL = -3, 2**16
+
+torch.set_num_threads(1)  # a forked process cannot use its parent's, and a shared machine gives them unevenly
 
 
 def clock(device: str) -> float:
@@ -21,16 +24,25 @@ def clock(device: str) -> float:
     return time.process_time()
 
 
-def medians(functions: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
-    """Median seconds of each function; the functions alternate, after one call of each that is not counted."""
+def rounds(functions: dict[str, Callable[[], object]], device: str, number: int) -> dict[str, list[float]]:
+    """Seconds of each function; they take turns, so that a noisy minute is everyone's; a first turn does not count."""
     taken = {name: [] for name in functions}
-    for counted in [False] + [True] * rounds:
+    for counted in tqdm([False] + [True] * number, desc=", ".join(functions), leave=False):
         for name, function in functions.items():
             start = clock(device)
             function()
             if counted:
                 taken[name].append(clock(device) - start)
-    return {name: median(values) for name, values in taken.items()}
+    return taken
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: median(values) for name, values in times.items()}
+
+
+def faster(ours: list[float], others: list[float]) -> float:
+    """How often ours fit into others: the median of the rounds' ratios."""
+    return median(other / our for our, other in zip(ours, others, strict=True))
 
 
 def peak_memory(function: Callable[[], object], device: str) -> int:

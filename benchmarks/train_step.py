@@ -1,9 +1,9 @@
-"""A training step of our network against diffusers' WanTransformer3DModel, and of Lightning's loop against a plain one.
+"""A training step of our network against diffusers' WanTransformer3DModel.
 
 python benchmarks/train_step.py [--device cuda --size 1.3B]
 
-Same shapes, weights, dtype, text and fused AdamW, in one process; steps alternate, medians count. Memory is what a
-first step adds to the weights, the optimiser's moments included.
+Same shapes, weights, dtype, text and fused AdamW, in one process; steps alternate, medians count, of the ratio too.
+Memory is what a first step adds to the weights, the optimiser's moments included.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
-from measuring import medians, peak_memory
+from measuring import faster, medians, peak_memory, rounds
 
 from lightning_semgen.transformer import Size, VideoTransformer, size_of
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", help="a row of SIZES; without it about 20M parameters")
     parser.add_argument("--latents", type=int, nargs=3, default=[5, 32, 32], help="steps, height and width in cells")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=21)
     args = parser.parse_args()
     torch.manual_seed(0)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
@@ -59,10 +59,11 @@ def main() -> None:
     millions = sum(p.numel() for p in ours.parameters()) / 1e6
     print(f"{millions:.1f}M parameters, {args.latents[0] * args.latents[1] * args.latents[2] // 4} tokens, {dtype}")
     memory = {name: peak_memory(run, args.device) for name, run in steps.items()}
-    time = medians(steps, args.device, args.rounds)
-    for name in steps:
-        print(f"{name:10} {time[name] * 1e3:9.1f} ms a step   {memory[name] / 1e6:9.1f} MB at most")
-    print(f"steps/s {time['diffusers'] / time['ours']:.3f}×, peak memory {memory['ours'] / memory['diffusers']:.3f}×")
+    times = rounds(steps, args.device, args.rounds)
+    for name, seconds in medians(times).items():
+        print(f"{name:10} {seconds * 1e3:9.1f} ms a step   {memory[name] / 1e6:9.1f} MB at most")
+    ratio = faster(times["ours"], times["diffusers"])
+    print(f"steps/s {ratio:.3f}×, peak memory {memory['ours'] / memory['diffusers']:.3f}×")
 
 
 if __name__ == "__main__":

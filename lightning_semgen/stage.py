@@ -328,7 +328,8 @@ class Stage(LightningModule):
             self._measured = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.log_train(gradient_norm=total_norm(self.generator.parameters(), self.trainer.strategy.model))
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # others would not be seen
+            self.log_train(gradient_norm=total_norm(self.generator.parameters(), self.trainer.strategy.model))
         if self.learns_compressor and self.global_step < self.compressor_steps:
             self.space.compressor.standardise.update()
 
@@ -366,13 +367,14 @@ class Stage(LightningModule):
         return adamw(trained, others, self.lr, self.weight_decay, self.warmup_steps, steps, self.compressor_steps)
 
     def on_train_batch_end(self, outputs, batch: dict, batch_idx: int) -> None:
+        if not reports(self.trainer, batch_idx):
+            return
         rates = self.lr_schedulers().get_last_lr()
         self.log_train(learning_rate=rates[0])
         if len(rates) == 3:
             self.log_train(compressor_learning_rate=rates[2])
-        if reports(self.trainer, batch_idx):
-            self.log_train(**{f"flow_loss {band}".strip(): mean for band, mean in self.flow_losses().items()})
-            self.bands.reset()
+        self.log_train(**{f"flow_loss {band}".strip(): mean for band, mean in self.flow_losses().items()})
+        self.bands.reset()
 
     def flow_losses(self) -> dict[str, Tensor]:
         """Those since the last report, of all ranks, by band of t; UserError where one of them was not finite."""

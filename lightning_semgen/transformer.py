@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
-from diffusers.models.normalization import FP32LayerNorm
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_semgen.errors import UserError
-from lightning_semgen.positions import Grid, rotary_angles, rotary_positions, rotate
+from lightning_semgen.positions import Grid, rotary_angles, rotary_positions, rotate, wide
 from lightning_semgen.windows import Windows, attention, windows_of
 
 
@@ -68,12 +67,17 @@ class Layout:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what validation makes first, training needs too
 def layouts(
-    grids: tuple[Grid, ...], rate: float, head_dim: int, window_seconds: float | None, device: torch.device
+    grids: tuple[Grid, ...],
+    rate: float,
+    head_dim: int,
+    window_seconds: float | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Layout, Layout]:
     """The layouts of even and of odd layers; the first grid is the reference of the rotary positions."""
     positions = torch.cat([rotary_positions(grid, grids[0], rate) for grid in grids])
     angles = rotary_angles(positions, head_dim)[None, :, None]
-    turns = torch.polar(torch.ones_like(angles), angles).to(device, torch.complex64)
+    turns = torch.polar(torch.ones_like(angles), angles).to(device, dtype.to_complex())
     both = (windows_of(grids, window_seconds, shifted, device) for shifted in (False, True))
     return tuple(Layout(windows, windows.gather(turns)[0]) for windows in both)
 
@@ -86,11 +90,26 @@ def per_kind(function: Callable[..., Tensor], sizes: list[int], *tensors: Tensor
     return torch.cat([function(kind, *part) for kind, part in enumerate(parts)], dim=1)
 
 
+def modulated(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normalises x (B, N, dim), scales it by 1 + scale (B, 1, dim) and shifts it by shift (B, 1, dim)."""
+    if len(x) == 1:  # as the norm's own affine: one kernel, and nothing but x is kept for the backward pass
+        weight, bias = (1 + scale).flatten().type_as(x), shift.flatten().type_as(x)
+        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+    return torch.addcmul(shift, norm(x), 1 + scale)
+
+
 class RMSNorm(nn.RMSNorm):
     """In its input's precision, as autocast has linear layers: there is no fused kernel for a mixture."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """In its input's precision too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.type_as(x), self.bias.type_as(x), self.eps)
 
 
 class Attention(nn.Module):
@@ -117,33 +136,33 @@ class Block(nn.Module):
 
     def __init__(self, size: Size, eps: float = 1e-6):
         super().__init__()
-        self.norm1 = FP32LayerNorm(size.dim, eps, elementwise_affine=False)
+        self.norm1 = nn.LayerNorm(size.dim, eps, elementwise_affine=False)
         self.attn1 = Attention(size.dim, size.heads, eps)
-        self.norm2 = FP32LayerNorm(size.dim, eps, elementwise_affine=True)
+        self.norm2 = LayerNorm(size.dim, eps)
         self.attn2 = Attention(size.dim, size.heads, eps)
-        self.norm3 = FP32LayerNorm(size.dim, eps, elementwise_affine=False)
+        self.norm3 = nn.LayerNorm(size.dim, eps, elementwise_affine=False)
         self.ffn = FeedForward(size.dim, inner_dim=size.ffn_dim, activation_fn="gelu-approximate")
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, size.dim) / size.dim**0.5)
 
     def forward(self, x: Tensor, text: Tensor, times: list[Tensor], sizes: list[int], layout: Layout) -> Tensor:
         # times: one (B, 6, dim) a kind; sizes: how many of the N tokens are of it
-        table = [(self.scale_shift_table + t.float()).chunk(6, dim=1) for t in times]
+        table = [(self.scale_shift_table + wide(t)).chunk(6, dim=1) for t in times]
 
         def modulate(x: Tensor, norm: nn.Module, first: int) -> Tensor:
             def one(kind: int, x: Tensor) -> Tensor:
-                return torch.addcmul(table[kind][first], norm(x.float()), 1 + table[kind][first + 1]).type_as(x)
+                return modulated(wide(x), norm, *table[kind][first : first + 2]).type_as(x)
 
             return per_kind(one, sizes, x)
 
         def add(x: Tensor, y: Tensor, gate: int) -> Tensor:
             def one(kind: int, x: Tensor, y: Tensor) -> Tensor:
-                return torch.addcmul(x.float(), y.float(), table[kind][gate]).type_as(x)
+                return torch.addcmul(wide(x), wide(y), table[kind][gate]).type_as(x)
 
             return per_kind(one, sizes, x, y)
 
         h = layout.windows.gather(modulate(x, self.norm1, 0))
         x = add(x, layout.windows.restore(self.attn1(h, h, layout)), 2)
-        x = x + self.attn2(self.norm2(x.float()).type_as(x), text)
+        x = x + self.attn2(self.norm2(wide(x)).type_as(x), text)
         return add(x, self.ffn(modulate(x, self.norm3, 3)), 5)
 
 
@@ -199,7 +218,7 @@ class VideoTransformer(nn.Module):
         self.patch_embedding = nn.Conv3d(channels, size.dim, kernel_size=patch, stride=patch)
         self.condition_embedder = ConditionEmbedder(size.dim, text_dim, freq_dim)
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
-        self.norm_out = FP32LayerNorm(size.dim, 1e-6, elementwise_affine=False)
+        self.norm_out = nn.LayerNorm(size.dim, 1e-6, elementwise_affine=False)
         self.proj_out = nn.Linear(size.dim, channels * patch[0] * patch[1] * patch[2])
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, size.dim) / size.dim**0.5)
         self._initialise()
@@ -229,7 +248,7 @@ class VideoTransformer(nn.Module):
         grid = Grid(seconds[self.patch[0] - 1 :: self.patch[0]], *x.shape[-2:])
         if hasattr(self, "time_embedding"):
             x = x + rearrange(self._absolute_time(grid), "t c -> c t 1 1")
-        x = rearrange(x, "b c t h w -> b (t h w) c")
+        x = rearrange(x, "b c t h w -> b (t h w) c").contiguous()
         embedding, modulation = self.condition_embedder.time(t)
         grids, times = [grid], [modulation]
         if semantics is not None:
@@ -239,7 +258,7 @@ class VideoTransformer(nn.Module):
             times.append(self.condition_embedder.time(semantics.tau)[1])
         text = self.condition_embedder.text_embedder(text.to(dtype))
         head_dim, sizes = self.size.dim // self.size.heads, [len(g) for g in grids]
-        even_odd = layouts(tuple(grids), self.rotary_rate, head_dim, self.window_seconds, x.device)
+        even_odd = layouts(tuple(grids), self.rotary_rate, head_dim, self.window_seconds, wide(x).dtype, x.device)
         for index, block in enumerate(self.blocks):
             arguments = x, text, times, sizes, even_odd[index % 2]
             if self.checkpoint_blocks and torch.is_grad_enabled():
@@ -261,6 +280,6 @@ class VideoTransformer(nn.Module):
 
     def _output(self, x: Tensor, embedding: Tensor, grid: Grid) -> Tensor:
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).chunk(2, dim=1)
-        x = self.proj_out((self.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
+        x = self.proj_out(modulated(wide(x), self.norm_out, shift, scale).type_as(x))
         axes = dict(zip(("p", "q", "r"), self.patch, strict=True))
         return rearrange(x, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", h=grid.height, w=grid.width, **axes)

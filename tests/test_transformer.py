@@ -75,6 +75,17 @@ def test_an_unknown_size_is_named():
         size_of("XXL")
 
 
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_a_clip_is_in_a_batch_what_it_is_alone(dtype, close):
+    (z, t, text, seconds), semantics = inputs()
+    model = network().to(dtype)
+    together = model(z, t, text, seconds, semantics)
+    for row in (slice(0, 1), slice(1, 2)):
+        own = Semantics(semantics.z[row], semantics.tau[row], semantics.grid)
+        alone = model(z[row], t[row], text[row], seconds, own)
+        assert alone.dtype == dtype and (alone - together[row]).abs().max() / together.std() < close
+
+
 def gradients(model: VideoTransformer) -> list[torch.Tensor]:
     arguments, semantics = inputs()
     model(*arguments, semantics).square().mean().backward()
