@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-import resource
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,9 +64,15 @@ def peak_memory(function: Callable[[], object], device: str) -> int:
         libc = ctypes.CDLL(None)
         libc.malloc_trim(0)  # what earlier functions freed, this one is not to have for nothing
         libc.mallopt(M_MMAP_THRESHOLD, SMALL)  # freed tensors go back to the system at once
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        before = resident("VmRSS")
         function()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        os.write(write, str(peak - before).encode())
+        os.write(write, str(resident("VmHWM") - before).encode())
     finally:
         os._exit(0)
+
+
+def resident(field: str) -> int:
+    """Bytes of a field of this process's status."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
