@@ -57,7 +57,7 @@ class PlainLoop(Callback):
         stage = self.stage
         t = flow.logit_normal(keyed.normal(batch["key"], "time"), stage.shift)
         prompt = stage.prompt(batch, stage.prompt_dropout)
-        stage.flow_loss(stage.generator, stage.latents(batch), batch, t, prompt, None).mean().backward()
+        stage.flow_loss(stage.generator, stage.frozen.latents(batch), batch, t, prompt, None).mean().backward()
         self.optimiser.step()
         self.optimiser.zero_grad()
         with torch.no_grad():

@@ -186,10 +186,10 @@ class VideoDataModule(LightningDataModule):
         what = self.encoded / split, self._fingerprint(split, stage), stage.encode
         if self.encoded_seconds[split] is None:
             return Encoding(*what)
-        return StretchEncoding(*what, self.clip, stage.cut_parts, batch_size)
+        return StretchEncoding(*what, self.clip, stage.frozen.cut_parts, batch_size)
 
     def _fingerprint(self, split: str, stage: LightningModule) -> dict:
-        return stage.fingerprint() | {"encoded_seconds": self.encoded_seconds[split]}
+        return stage.frozen.fingerprint() | {"encoded_seconds": self.encoded_seconds[split]}
 
     def _check_same_clips(self, other: "VideoDataModule") -> None:
         for name, value in other._clip_options.items():
@@ -222,7 +222,7 @@ class VideoDataModule(LightningDataModule):
                 f"{split}: {shards.uncaptioned} samples without a caption are skipped, {len(shards)} are used."
             )
         if stretches:
-            return CutClips(shards, self.clip, self.choice, stage.cut_parts)
+            return CutClips(shards, self.clip, self.choice, stage.frozen.cut_parts)
         return ClipDataset(shards, self.clip, stage.needs_video, self.choice)
 
     def _refuse_buckets(self, folder: Path) -> None:

@@ -91,14 +91,14 @@ class _Frozen(nn.Module):
 
     def __init__(self, stage: Stage):
         super().__init__()
-        self.stage, self.parts = stage, nn.ModuleList(stage.frozen)
+        self.stage, self.parts = stage, nn.ModuleList(stage.frozen.modules)
 
     @torch.no_grad()
     def forward(self, clips: dict) -> None:
         if self.stage.space is not None:
             self.stage.space.features(clips)
         if isinstance(self.stage, LatentStage):
-            self.stage.latents(clips)
+            self.stage.frozen.latents(clips)
         if not (text := self.stage.text).learnt:
             ids = torch.zeros(1, text.max_tokens, dtype=torch.long)
             text.model(input_ids=ids, attention_mask=torch.ones_like(ids))

@@ -110,5 +110,5 @@ def originals(latent: LatentStage | None, batch: dict) -> Columns:
     frames = batch.get("frames", batch.get("semantic_frames"))
     clips = {} if frames is None else {"video": evenly(frames, min(frames.shape[1], GLIMPSES))}
     if latent is not None and ("latents" in batch or "frames" in batch):
-        clips["VAE reconstruction"] = glimpses([Video(z, latent.vae) for z in latent.latents(batch)])
+        clips["VAE reconstruction"] = glimpses([Video(z, latent.vae) for z in latent.frozen.latents(batch)])
     return clips

@@ -63,7 +63,7 @@ class Generator:
         if semantic is not None:
             stage.partner_run = str(semantic)
         stage.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        stage.move_frozen(stage.device)
+        stage.frozen.to(stage.device)
         config = yaml.safe_load((Path(latent) / CONFIG).read_text())
         return cls(stage, config["trainer"]["precision"])
 

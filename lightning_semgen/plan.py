@@ -101,7 +101,7 @@ def memory(stage: Stage, setting: Setting) -> dict[str, float]:
             parts[f"weights in {str(setting.dtype).removeprefix('torch.')}"] = size(generator, setting.dtype)
         if setting.gpus > 1:
             parts["DDP's buckets"] = gradients
-    return parts | {"frozen parts": size([p for part in stage.frozen for p in part.parameters()])}
+    return parts | {"frozen parts": size([p for part in stage.frozen.modules for p in part.parameters()])}
 
 
 def plan(stage: Stage, setting: Setting, encoded: bool, gpu: str, mfu: float) -> dict:
@@ -148,7 +148,7 @@ def largest_batch(cost: Cost, parts: dict[str, float], card: GPU) -> int:
 
 def parameters(stage: Stage) -> dict[str, int]:
     trained = [p.numel() for p in stage.parameters() if p.requires_grad]
-    frozen = [p.numel() for part in stage.frozen for p in part.parameters()]
+    frozen = [p.numel() for part in stage.frozen.modules for p in part.parameters()]
     return {"trained": sum(trained), "frozen": sum(frozen)}
 
 

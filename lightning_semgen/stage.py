@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from data.clip import Clip
-from data.cuts import Part
-from encoders.base import Frozen
-from encoders.text import ByteTextEncoder, FrozenTextEncoder, build_text_encoder
+from encoders.text import ByteTextEncoder, FrozenTextEncoder
 from lightning_semgen import flow, keyed
 from lightning_semgen.compressor import Posterior
 from lightning_semgen.errors import UserError
+from lightning_semgen.frozen import FrozenParts
 from lightning_semgen.learning_rate import adamw
 from lightning_semgen.metrics import Adherence, ChannelStatistics, TimeBands
 from lightning_semgen.pretrained import LATENTS_PER_SECOND, load_wan
@@ -118,16 +117,9 @@ class Stage(LightningModule):
             run = None if compressor == "learn" else compressor
             self.space = SemanticSpace(clip, encoder, encoder_options or {}, semantic_dim, run)
         self.learns_compressor = self.space is not None and compressor == "learn"
-        self.encode_semantics = encode_semantics
-        if encode_semantics and (self.space is None or self.learns_compressor):
-            raise UserError(
-                "model.encode_semantics keeps what a frozen compressor makes of features: name the run that learnt it"
-                " as model.compressor."
-            )
+        self.frozen = FrozenParts(clip, self.space, encode_semantics, text_encoder)
         self.bands, self.adherence = TimeBands(), Adherence()
         self.channel_statistics = ChannelStatistics(self.space.channels) if self.learns_compressor else None
-        self._text = (build_text_encoder(text_encoder),)  # tuples hide what is frozen from the module tree
-        self.text_encoder = text_encoder
 
     def build_generator(
         self,
@@ -149,16 +141,10 @@ class Stage(LightningModule):
 
     @property
     def text(self) -> ByteTextEncoder | FrozenTextEncoder:
-        return self._text[0]
-
-    @property
-    def frozen(self) -> list[Frozen]:
-        """The parts outside the module tree: never in a checkpoint, an EMA twin or an optimiser."""
-        parts = [self.text] + ([self.space.encoder] if self.space is not None else [])
-        return [part for part in parts if isinstance(part, Frozen)]
+        return self.frozen.text
 
     def setup(self, stage: str) -> None:
-        self.move_frozen(self.device)
+        self.frozen.to(self.device)
         if stage == "fit" and self.compile_blocks:
             for network in (self.generator, self.ema):
                 network.transformer.compile(dynamic=False)
@@ -188,15 +174,6 @@ class Stage(LightningModule):
             child._apply(function if child is self.generator else same_dtype)
         return super()._apply(same_dtype, recurse=False)
 
-    def move_frozen(self, device: torch.device) -> None:
-        for part in self.frozen:
-            part.to(device)
-
-    @property
-    def needs_video(self) -> bool:
-        """Whether frames at the full rate are needed, or those of the semantic stream will do."""
-        return self.space is None or self.space.encoder.stream == "video"
-
     # Clips of other shapes
 
     def seconds_of(self, clip: Clip) -> tuple[float, ...]:
@@ -219,42 +196,18 @@ class Stage(LightningModule):
 
     # Encoded shards
 
-    def fingerprint(self) -> dict:
-        """What encoded shards must have been made with to fit this stage."""
-        parts = {}
-        if self.space is not None:
-            parts = self.space.source | {"compressor": self.space.loaded if self.encode_semantics else None}
-        if not self.text.learnt:
-            parts = parts | {"text_encoder": self.text_encoder, "text_encoder_weights": self.text.fingerprint()}
-        return parts | {"clip": vars(self.clip)}
+    @property
+    def needs_video(self) -> bool:
+        """Whether frames at the full rate are needed, or those of the semantic stream will do."""
+        return self.frozen.needs_video
 
     def encode(self, batch: dict, *only: str) -> dict[str, Tensor | list[Tensor]]:
-        """What the frozen parts, all or some, say of a batch of clips: {"features": (B, T', H', W', D), "text": B × (L,
-        dim), …}."""
+        """What `FrozenParts.encode` says of a batch of clips, on the trainer's device."""
         device = self.trainer.strategy.root_device
-        self.move_frozen(device)
-        if self.encode_semantics:
+        self.frozen.to(device)
+        if self.frozen.encode_semantics:
             self.space.to(device)
-        return self.encoded_parts(move_data_to_device(batch, device), *only)
-
-    def encoded_parts(self, batch: dict, *only: str) -> dict[str, Tensor | list[Tensor]]:
-        return {name: make(batch) for name, make in self.makers.items() if not only or name in only}
-
-    @property
-    def makers(self) -> dict[str, Callable[[dict], Tensor | list[Tensor]]]:
-        """What makes each part of a batch."""
-        makers = {}
-        if self.encode_semantics:
-            makers = {"moments": self.space.moments}
-        elif self.space is not None:
-            makers = {"features": self.space.features}
-        return makers if self.text.learnt else makers | {"text": lambda batch: self.text.embed(batch["caption"])}
-
-    @property
-    def cut_parts(self) -> dict[str, Part]:
-        """How the parts of a clip, but for its text, are cut from those of a longer one."""
-        name = "moments" if self.encode_semantics else "features"
-        return {} if self.space is None else {name: self.space.part_of(self.clip)}
+        return self.frozen.encode(move_data_to_device(batch, device), *only)
 
     # Learning
 
@@ -396,7 +349,7 @@ class Stage(LightningModule):
         if self.bands.update_called:
             self.flow_losses()  # a run that has diverged does not overwrite its last checkpoint
         frozen = not self.learns_compressor or self.global_step > self.compressor_steps
-        checkpoint["fingerprint"] = self.fingerprint()
+        checkpoint["fingerprint"] = self.frozen.fingerprint()
         checkpoint["semantics"] = {"encoder": "none"} if self.space is None else self.space.facts | {"frozen": frozen}
         # The sharded strategies name what is in the optimiser themselves.
         if "optimizer_states" in checkpoint and self.trainer.strategy.lightning_restore_optimizer:
@@ -406,7 +359,7 @@ class Stage(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """UserError where the frozen parts are not those that the run was trained with."""
         found = checkpoint.get("fingerprint", {})
-        for name, value in self.fingerprint().items():
+        for name, value in self.frozen.fingerprint().items():
             if name.endswith("_weights") and found.get(name) != value:
                 raise UserError(
                     f"The checkpoint was trained with {name} {found.get(name)}, here they are {value}: give"
@@ -441,7 +394,7 @@ class Stage(LightningModule):
                 f"{type(self).__name__} makes videos together with another run: name it as {self.partner_option}."
             )
         partner = load_stage(self.partner_run).to(self.device)
-        partner.move_frozen(self.device)
+        partner.frozen.to(self.device)
         self.space.check_same(partner.space, self.partner_run)
         return partner
 

@@ -5,8 +5,7 @@ from einops import rearrange
 from torch import Tensor
 
 from data.clip import Clip
-from data.cuts import Part
-from encoders.vae import build_vae
+from encoders.vae import FrozenVAE
 from lightning_semgen import flow, keyed
 from lightning_semgen.compressor import FeatureDecoder
 from lightning_semgen.errors import UserError
@@ -117,7 +116,7 @@ class LatentStage(Stage):
             raise UserError("model.semantic_guidance_scale needs a model trained with model.semantic_dropout > 0.")
         if window_seconds is not None and not window_seconds > 0:
             raise UserError(f"model.window_seconds is {window_seconds}: give seconds > 0, or null for full attention.")
-        self._vae, self.vae_name = (build_vae(vae, vae_weights),), vae
+        self.frozen.add_vae(vae, vae_weights)
         self.time_stride = self.vae.time_stride
         self.partner_run = semantic_run or (self.space.run if self.space is not None else None)
         self.shift, self.semantic_noise, self.sampling_semantic_noise = shift, semantic_noise, sampling_semantic_noise
@@ -147,34 +146,8 @@ class LatentStage(Stage):
         self.latent_shape_of(clip)
 
     @property
-    def vae(self):
-        return self._vae[0]
-
-    @property
-    def needs_video(self) -> bool:
-        return True
-
-    @property
-    def frozen(self) -> list:
-        return [*super().frozen, self.vae]
-
-    def fingerprint(self) -> dict:
-        return super().fingerprint() | {"vae": self.vae_name, "vae_weights": self.vae.fingerprint()}
-
-    @property
-    def makers(self) -> dict:
-        return super().makers | {"latents": self.latents}
-
-    @property
-    def cut_parts(self) -> dict[str, Part]:
-        steps, own = self.latent_shape[1], self.vae.reach + 1
-        stride, rest = divmod(self.clip.period, self.time_stride)
-        part = Part.of(1, steps, stride, steps if rest else own, 1 + (own - 1) * self.time_stride)
-        return super().cut_parts | {"latents": part}
-
-    def latents(self, batch: dict) -> Tensor:
-        """(B, C, T_z, H_z, W_z), from the batch or by the VAE."""
-        return batch["latents"] if "latents" in batch else self.vae.encode(batch["frames"])
+    def vae(self) -> FrozenVAE:
+        return self.frozen.vae
 
     def noised(self, z_sem: Tensor, keys: Tensor, tau: Tensor, grid: Grid) -> Semantics:
         """Semantics (B, T', H', W', d) at the flow's times tau (B,)."""
@@ -188,17 +161,17 @@ class LatentStage(Stage):
 
     def losses(self, batch: dict, t: Tensor, prompt: Tensor) -> dict[str, Tensor]:
         if self.space is None:
-            return {"flow_loss": self.flow_loss(self.generator, self.latents(batch), batch, t, prompt, None)}
+            return {"flow_loss": self.flow_loss(self.generator, self.frozen.latents(batch), batch, t, prompt, None)}
         posterior = self.space.posterior(batch)
         z_sem = self.space.compressor.standardise(posterior.z)
         tau, grid = self.training_noise(batch["key"]), self.space.grid_of(self.clip_of(batch))
         semantics = self.noised(z_sem, batch["key"], tau, grid)
-        losses = {"flow_loss": self.flow_loss(self.generator, self.latents(batch), batch, t, prompt, semantics)}
+        losses = {"flow_loss": self.flow_loss(self.generator, self.frozen.latents(batch), batch, t, prompt, semantics)}
         return losses | {"kl": self.kl(posterior)} if self.learns_compressor else losses
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Flow loss, and the semantic gap: how much it grows with another clip's semantics; 0 if they are ignored."""
-        t, latents, prompt = self.validation_times(batch), self.latents(batch), self.prompt(batch)
+        t, latents, prompt = self.validation_times(batch), self.frozen.latents(batch), self.prompt(batch)
         own = None if self.space is None else self.inference_semantics(self.validation_semantics(batch), batch["key"])
         losses = self.flow_loss(self.ema, latents, batch, t, prompt, own)
         self.log("val/flow_loss", losses.mean(), batch_size=len(losses), sync_dist=True)

@@ -112,9 +112,9 @@ STAGES = {
 def encoded(made, films, folder, seconds: float = float("inf")) -> CutClips:
     """The training films as a stage encodes them."""
     clips = ClipDataset(Shards(str(films / "train-*.tar")), made.clip, made.needs_video)
-    how = StretchEncoding(folder, {}, made.encoded_parts, made.clip, made.cut_parts, batch_size=3)
+    how = StretchEncoding(folder, {}, made.frozen.encode, made.clip, made.frozen.cut_parts, batch_size=3)
     encode_shards(Stretches(clips, seconds), [how], collate, batch_size=1, workers=0)
-    return CutClips(Shards(str(folder / "*.tar")), made.clip, Choice(), made.cut_parts)
+    return CutClips(Shards(str(folder / "*.tar")), made.clip, Choice(), made.frozen.cut_parts)
 
 
 def by_start(cut: CutClips, index: int) -> dict[float, dict]:
@@ -140,7 +140,7 @@ def test_a_cut_clip_is_the_clip_that_lies_there(name, clip, films, tmp_path):
         assert len(samples) == (1 if index == 3 else 5 if clip is CLIP else 3)
         for start, sample in samples.items():
             frames = decode_clip(videos.read(index)["mp4"], clip, start)
-            alone = made.encoded_parts({"frames": frames[None], "semantic_frames": frames[clip.semantic_indices][None]})
+            alone = made.frozen.encode({"frames": frames[None], "semantic_frames": frames[clip.semantic_indices][None]})
             for part, (tensor,) in alone.items():
                 torch.testing.assert_close(sample[part], tensor, rtol=1e-3, atol=1e-3)
 
@@ -159,14 +159,14 @@ def test_captions_are_encoded_once_and_a_missing_part_is_rejected(films, tmp_pat
 
 def test_what_is_kept_once_and_what_for_each_start(films, tmp_path):
     made = stage(LatentStage, clip=FIVE)
-    assert made.cut_parts == {"features": Part(0, 4, 2, 0), "latents": Part(1, 31, 15, 4, 13)}
+    assert made.frozen.cut_parts == {"features": Part(0, 4, 2, 0), "latents": Part(1, 31, 15, 4, 13)}
     cut = encoded(made, films, tmp_path)
     names = sorted(cut.shards.samples[0][2])
     own = [f"latents.start{n}.npy" for n in range(3)]
     assert names == ["features.0.npy", "features.1.npy", "features.2.npy", "features.3.npy", "json"] + sorted(
         [*own, *(f"latents.{n}.npy" for n in range(5))]
     )
-    assert stage(LatentStage).cut_parts == {"features": Part(0, 2, 2, 2), "latents": Part(1, 13, 15, 13)}
+    assert stage(LatentStage).frozen.cut_parts == {"features": Part(0, 2, 2, 2), "latents": Part(1, 13, 15, 13)}
 
 
 def test_latents_from_the_middle_differ_where_they_depend_on_the_past(films):

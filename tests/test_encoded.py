@@ -31,7 +31,7 @@ def text_encoder(tmp_path_factory) -> str:
 
 
 def encoding(made, folder) -> Encoding:
-    return Encoding(folder, made.fingerprint(), made.encoded_parts)
+    return Encoding(folder, made.frozen.fingerprint(), made.frozen.encode)
 
 
 def batches(made, shards, folder):
@@ -90,9 +90,9 @@ def test_semantics_in_place_of_features_give_the_same_samples_and_losses(cls, sh
     torch.save(checkpoint_of(made), tmp_path / "other.ckpt")
     made.space.load_compressor(str(tmp_path / "other.ckpt"))
     with pytest.raises(UserError, match=f"made with compressor '{expected}', the config says '{made.space.loaded}'"):
-        check_fingerprint(tmp_path / "enc", made.fingerprint())
+        check_fingerprint(tmp_path / "enc", made.frozen.fingerprint())
     with pytest.raises(UserError, match=f"made with compressor '{expected}', the config says None"):
-        check_fingerprint(tmp_path / "enc", stage(cls).fingerprint())
+        check_fingerprint(tmp_path / "enc", stage(cls).frozen.fingerprint())
 
 
 def test_semantics_need_a_frozen_compressor():
@@ -104,9 +104,9 @@ def test_a_learnt_text_encoder_reads_captions(shards, tmp_path, text_encoder):
     made = stage(SemanticStage, text_encoder=text_encoder)
     _, encoded = batches(made, shards, tmp_path / "enc")
     learnt = stage(SemanticStage)
-    check_fingerprint(tmp_path / "enc", learnt.fingerprint())
+    check_fingerprint(tmp_path / "enc", learnt.frozen.fingerprint())
     learnt.training_step(encoded, 0)
     clips = ClipDataset(Shards(str(shards / "shards/toy/heldout-*.tar")), CLIP)
     encode_shards(clips, [encoding(learnt, tmp_path / "other")], collate, batch_size=16, workers=0)
     with pytest.raises(UserError, match=f"made with text_encoder None, the config says '{text_encoder}'"):
-        check_fingerprint(tmp_path / "other", made.fingerprint())
+        check_fingerprint(tmp_path / "other", made.frozen.fingerprint())

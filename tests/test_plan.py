@@ -72,7 +72,7 @@ def test_flops_of_the_frozen_parts_are_those_of_real_ones(stage):
     batch = frames | {"semantic_frames": frames["frames"][:, CLIP.semantic_indices]}
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with counter:
-        stage.encoded_parts(batch)
+        stage.frozen.encode(batch)
     assert frozen_flops(stage) == pytest.approx(counter.get_total_flops(), rel=0.02) and frozen_flops(stage) > 1e6
 
 

@@ -45,8 +45,8 @@ def latent():
 @pytest.mark.parametrize("encoder", ["toy", "vae"])
 def test_frozen_parts_are_nowhere_in_the_module_tree(cls, encoder):
     made = stage(cls, encoder=encoder)
-    frozen = {id(p) for part in made.frozen for p in part.parameters()}
-    assert len(made.frozen) == (2 if cls is LatentStage else 1) and frozen
+    frozen = {id(p) for part in made.frozen.modules for p in part.parameters()}
+    assert len(made.frozen.modules) == (2 if cls is LatentStage else 1) and frozen
     assert not frozen & {id(p) for p in made.parameters()}
     assert {name.split(".")[0] for name in made.state_dict()} <= {"space", "generator", "ema", "feature_decoder"}
     assert all(name.startswith("space.compressor.") for name in made.state_dict() if name.startswith("space."))
