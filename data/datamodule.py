@@ -16,7 +16,17 @@ from data.buckets import BucketStream, clips_of, split_into
 from data.choice import Choice
 from data.clip import Clip
 from data.cuts import CutClips, StretchEncoding, Stretches
-from data.datasets import ClipDataset, FixedClips, Prompts, References, Stream, captions, collate, read_prompts
+from data.datasets import (
+    ClipDataset,
+    FixedClips,
+    Prompts,
+    References,
+    Repeated,
+    Stream,
+    captions,
+    collate,
+    read_prompts,
+)
 from data.encoded import (
     Encoding,
     all_ranks_finish,
@@ -189,7 +199,12 @@ class VideoDataModule(LightningDataModule):
         return StretchEncoding(*what, self.clip, stage.frozen.cut_parts, batch_size)
 
     def _fingerprint(self, split: str, stage: LightningModule) -> dict:
-        return stage.frozen.fingerprint() | {"encoded_seconds": self.encoded_seconds[split]}
+        return stage.frozen.fingerprint() | {"encoded_seconds": self.encoded_seconds[split]} | self._bounds
+
+    @property
+    def _bounds(self) -> dict[str, float]:
+        """Which videos are used at all."""
+        return {"min_duration": self.choice.min_duration, "min_fps": self.choice.min_fps}
 
     def _check_same_clips(self, other: "VideoDataModule") -> None:
         for name, value in other._clip_options.items():
@@ -203,9 +218,8 @@ class VideoDataModule(LightningDataModule):
     def _clip_options(self) -> dict:
         """What decides which clips encoded shards are of."""
         shards = {f"{split}_shards": patterns for split, patterns in self.shards.items()}
-        bounds = {"min_duration": self.choice.min_duration, "min_fps": self.choice.min_fps}
         stretch = {"encoded_seconds": self.encoded_seconds["train"]}
-        return shards | vars(self.clip) | bounds | stretch | {"max_member_mb": self.max_member_mb}
+        return shards | vars(self.clip) | self._bounds | stretch | {"max_member_mb": self.max_member_mb}
 
     def _clips(self, split: str, encoded: bool) -> ClipDataset:
         shards = self._shards(self.shards[split])
@@ -256,7 +270,7 @@ class VideoDataModule(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         prompts = Prompts(captions(self._shards(self.shards["val"])), self.seed, self.samples_per_prompt)
-        return self._loader(prompts, batch_size=self.batch_size, sampler=self._share(prompts))
+        return self._prompt_loader(prompts)
 
     def predict_dataloader(self) -> DataLoader:
         if self.prompts is None and self.reference is None:
@@ -269,7 +283,12 @@ class VideoDataModule(LightningDataModule):
             rows = Prompts(prompts, self.seed, self.samples_per_prompt)
         else:
             rows = References(self.reference, self.clip, prompts, self.seed, self.samples_per_prompt)
-        return self._loader(rows, batch_size=self.batch_size, sampler=self._share(rows))
+        return self._prompt_loader(rows)
+
+    def _prompt_loader(self, rows: Prompts) -> DataLoader:
+        rows = Repeated(rows, self.trainer.world_size)
+        share = range(self.trainer.global_rank, len(rows), self.trainer.world_size)
+        return self._loader(rows, batch_size=self.batch_size, sampler=share)
 
     def _loader(self, dataset: Dataset, **options) -> DataLoader:
         workers = {"num_workers": self.num_workers, "worker_init_fn": settle}
@@ -279,10 +298,6 @@ class VideoDataModule(LightningDataModule):
         """Without what does not divide by the ranks: they meet at every validation batch, and none must wait."""
         world = self.trainer.world_size
         return range(self.trainer.global_rank, len(dataset) // world * world, world)
-
-    def _share(self, dataset: Dataset) -> range:
-        """This rank's samples of a finite set."""
-        return range(self.trainer.global_rank, len(dataset), self.trainer.world_size)
 
     # State: how many samples have been delivered, on all ranks together
 

@@ -152,6 +152,19 @@ class References(Prompts):
         return super().__getitem__(index) | {"reference": video.key} | streams
 
 
+class Repeated(Dataset):
+    """Rows and the first ones again, `repeated`, until their number divides by the ranks, who meet at every batch."""
+
+    def __init__(self, rows: Dataset, ranks: int):
+        self.rows, self.ranks = rows, ranks
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.ranks) * self.ranks
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[index % len(self.rows)] | {"repeated": index >= len(self.rows)}
+
+
 def own_prompt(video: Video) -> dict:
     return video.info | {"caption": str(video.info.get("caption") or "")}
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data.clip import Clip
 from data.decode import Rejected
-from data.shards import Shards, index_path, shard_writer, write_atomically
+from data.shards import Shards, index_path, remove_partial, shard_writer, write_atomically
 from data.tally import Tally
 from data.workers import settle
 from lightning_semgen.errors import UserError
@@ -118,6 +118,8 @@ def encode_shards(
             settled = {"num_workers": workers, "worker_init_fn": settle}
             loader = DataLoader(part, batch_size, collate_fn=partial(_sift, collate), **settled)
             wanted = [(e, paths[shard]) for e, paths in zip(encodings, missing, strict=True) if shard in paths]
+            for _, path in wanted:
+                remove_partial(path)
             _write(_good(loader, progress, tally, max_bad_share), wanted)
 
 
@@ -188,7 +190,7 @@ def _good(loader: DataLoader, progress: tqdm, tally: Tally, max_bad_share: float
     """The batches of clips that are not rejected."""
     for batch, rejected in loader:
         tally.add(0 if batch is None else len(batch["info"]), rejected)
-        tally.check(max_bad_share, tally.causes.total(), tally.seen)
+        tally.check(max_bad_share)
         for key, cause in rejected:
             warnings.warn(f"Sample {key} is left out of the encoded shards: {cause}.", stacklevel=2)
         if batch is not None:

@@ -57,10 +57,19 @@ def shard_writer(path: Path) -> Iterator[Callable[[dict], None]]:
     before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
-    with wds.TarWriter(str(partial), mtime=0) as writer:
-        yield writer.write
-    partial.replace(path)
+    try:
+        with wds.TarWriter(str(partial), mtime=0) as writer:
+            yield writer.write
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     read_index(path)
+
+
+def remove_partial(path: Path) -> None:
+    """What a killed process had begun of a shard; nobody may be writing it."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        partial.unlink()
 
 
 def write_shard(path: Path, samples: Iterable[dict]) -> None:

@@ -20,11 +20,17 @@ class Tally:
         self.seen += used + len(causes)
         self.causes.update(causes)
 
-    def check(self, max_share: float, bad: int, seen: int) -> None:
-        """UserError with the causes where more than a share of the samples, here or on all ranks, were rejected."""
-        if bad > max_share * max(seen, ENOUGH):
+    def __add__(self, other: "Tally") -> "Tally":
+        both = Tally()
+        both.seen, both.causes = self.seen + other.seen, self.causes + other.causes
+        return both
+
+    def check(self, max_share: float) -> None:
+        """UserError with the causes where more than a share of the samples were rejected."""
+        bad = self.causes.total()
+        if bad > max_share * max(self.seen, ENOUGH):
             table = "\n".join(f"{count:>8,}  {cause}" for cause, count in self.causes.most_common())
             raise UserError(
-                f"{bad:,} of {seen:,} samples were rejected, more than data.max_bad_share {max_share:g} allows:\n"
+                f"{bad:,} of {self.seen:,} samples were rejected, more than data.max_bad_share {max_share:g} allows:\n"
                 + table
             )

@@ -53,32 +53,40 @@ class Throughput(Callback):
     """Logs how fast a fit goes, what of it is waiting for data, and how much of the device it uses."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.tokens = self.flops = 0  # of a clip
-        self.peak = peak_flops(trainer.strategy.root_device)
+        self.peak, self.counts, self.costs = peak_flops(trainer.strategy.root_device), {}, {}
         if not isinstance(pl_module, Stage) or stage != "fit":
             return
-        self.tokens = sum(count for kind, count in tokens(pl_module).items() if kind != "text")
-        if self.peak is not None:
-            self.flops = step_cost(pl_module).flops
-            self.flops += 0 if trainer.datamodule.encoded else frozen_flops(pl_module)
+        for clip in {pl_module.clip, *(trainer.datamodule.buckets or ())}:  # now, before weights are sharded
+            self.counts[clip] = sum(count for kind, count in tokens(pl_module, clip).items() if kind != "text")
+            if self.peak is not None:
+                self.costs[clip] = step_cost(pl_module, clip=clip).flops, frozen_flops(pl_module, clip)
 
     def on_train_start(self, trainer: Trainer, stage: Stage) -> None:
         self._begin(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
         self.since = self.last = time.perf_counter()
-        self.step, self.clips, self.waited = trainer.global_step, 0, 0.0
+        self.step, self.clips, self.waited, self.tokens, self.flops = trainer.global_step, 0, 0.0, 0, 0
 
     def on_train_batch_start(self, trainer: Trainer, stage: Stage, batch: dict, batch_idx: int) -> None:
         self.waited += time.perf_counter() - self.last
 
     def on_train_batch_end(self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int) -> None:
-        self.clips += len(batch["caption"]) * trainer.world_size
+        self._count(stage, batch, len(batch["caption"]) * trainer.world_size)
         self.last = time.perf_counter()
         if reports(trainer, batch_idx):
             values = {f"speed/{name}": value for name, value in self._measured(trainer).items()}
             stage.log_dict(values, batch_size=1, prog_bar=True)
             self._begin(trainer)
+
+    def _count(self, stage: Stage, batch: dict, clips: int) -> None:
+        self.clips += clips
+        if self.counts:
+            self.tokens += clips * self.counts[stage.clip_of(batch)]
+        if self.costs:
+            step, frozen = self.costs[stage.clip_of(batch)]
+            videos = batch.keys() & {"frames", "semantic_frames"}  # encoded clips have none
+            self.flops += clips * (step + (frozen if videos else 0))
 
     def _measured(self, trainer: Trainer) -> dict[str, float]:
         elapsed, device = self.last - self.since, trainer.strategy.root_device
@@ -88,9 +96,9 @@ class Throughput(Callback):
             "data_wait_share": self.waited / elapsed,
         }
         if self.tokens:
-            values["tokens_per_second"] = self.clips * self.tokens / elapsed
+            values["tokens_per_second"] = self.tokens / elapsed
         if self.flops:
-            values["mfu"] = self.clips * self.flops / (elapsed * self.peak * trainer.world_size)
+            values["mfu"] = self.flops / (elapsed * self.peak * trainer.world_size)
         if device.type == "cuda":
             values["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         return values
@@ -163,6 +171,7 @@ class WriteResults(BasePredictionWriter):
 
     def write_on_batch_end(self, trainer, stage, prediction, batch_indices, batch, batch_idx, dataloader_idx) -> None:
         folder = Path(trainer.default_root_dir) / "predict"
+        batch, prediction = without_repeated(batch, prediction)
         for name, values in prediction.items():
             write = write_videos if name == "videos" else write_semantics
             write(folder, values, batch, stage)
@@ -172,7 +181,9 @@ class WriteResults(BasePredictionWriter):
         self.shown: list[tuple[Tensor, str]] = []
 
     def on_test_batch_end(self, trainer, stage, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        videos = outputs["videos"]
+        batch, outputs = without_repeated(batch, outputs)
+        if not (videos := outputs["videos"]):
+            return
         write_videos(Path(trainer.default_root_dir) / "test", videos, batch, stage)
         stage.adherence.update(glimpses(videos), batch["info"])
         rows = zip(videos, batch["caption"][: SHOWN - len(self.shown)], strict=False)
@@ -200,6 +211,7 @@ class ReferenceSheet(Callback):
     def on_predict_batch_end(self, trainer, stage, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if "reference" not in batch or "videos" not in outputs:
             return
+        batch, outputs = without_repeated(batch, outputs)
         names = zip(batch["reference"], batch["caption"], batch["seed"], strict=True)
         for (name, prompt, seed), frames, video in zip(names, batch["frames"], outputs["videos"], strict=True):
             row = self.rows.setdefault(name, [(evenly(frames), f"reference {name}")])
@@ -216,6 +228,12 @@ class ReferenceSheet(Callback):
         sheet = Path(trainer.default_root_dir) / "predict" / "contact_sheet.png"
         contact_sheet(torch.stack(videos), labels, columns=columns).save(sheet)
         rank_zero_info(f"References beside their variants: {sheet}")
+
+
+def without_repeated(batch: dict, made: dict) -> tuple[dict, dict]:
+    """The rows of a batch and what was made of them, but for those that are another rank's too."""
+    own = [row for row, repeated in enumerate(batch["repeated"]) if not repeated]
+    return tuple({name: [values[row] for row in own] for name, values in rows.items()} for rows in (batch, made))
 
 
 def write_videos(folder: Path, videos: list[Video], batch: dict, stage: Stage) -> None:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from data.clip import Clip
 from lightning_semgen.stage import Stage
 from lightning_semgen.stages import LatentStage
 from lightning_semgen.transformer import VideoTransformer
@@ -36,53 +37,58 @@ class Cost:
     activations: int
 
 
-def step_cost(stage: Stage, checkpoint_blocks: bool = False, dtype: torch.dtype = torch.float32) -> Cost:
+def step_cost(
+    stage: Stage, checkpoint_blocks: bool = False, dtype: torch.dtype = torch.float32, clip: Clip | None = None
+) -> Cost:
     """Cost of a training step on one encoded clip with the longest prompt; a batch of B costs B times as much.
 
     Args:
         stage: with weights on any device, meta too; it stays as it is.
         checkpoint_blocks: in place of the stage's own.
         dtype: of the generator's weights and of autocast.
+        clip: None: the nominal one.
     """
     transformer = stage.generator.transformer
-    depth, meters = len(transformer.blocks), []
+    depth, meters, clip = len(transformer.blocks), [], clip or stage.clip
     counts = BLOCKS if depth > BLOCKS[-1] else (depth,)
     mixed = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     for count in counts:
         with _altered(transformer, count, checkpoint_blocks), mixed:
-            meters.append(_measure(_Step(stage), _encoded(stage), dtype))
+            meters.append(_measure(_Step(stage, clip), _encoded(stage, clip), dtype))
     few, more, pairs = meters[0], meters[-1], (depth - counts[-1]) / 2
     return Cost(*(round(m + (m - f) * pairs) for f, m in ((few.flops, more.flops), (few.peak, more.peak))))
 
 
-def frozen_flops(stage: Stage) -> int:
-    """FLOPs of the frozen parts on one clip that is not encoded."""
-    clip, streams = stage.clip, {"semantic_frames": len(stage.clip.semantic_times), "frames": stage.clip.num_frames}
+def frozen_flops(stage: Stage, clip: Clip | None = None) -> int:
+    """FLOPs of the frozen parts on one clip that is not encoded; None: the nominal one."""
+    clip = clip or stage.clip
+    streams = {"semantic_frames": len(clip.semantic_times), "frames": clip.num_frames}
     size = (3, clip.height, clip.width)
     frames = {name: torch.empty(1, steps, *size, dtype=torch.uint8, device="meta") for name, steps in streams.items()}
     return _measure(_Frozen(stage), frames).flops
 
 
-def tokens(stage: Stage) -> dict[str, int]:
-    """Tokens of a clip, by kind; of text at most."""
-    counts = {"text": stage.text.max_tokens}
+def tokens(stage: Stage, clip: Clip | None = None) -> dict[str, int]:
+    """Tokens of a clip, None: of the nominal one, by kind; of text at most."""
+    clip, counts = clip or stage.clip, {"text": stage.text.max_tokens}
     if stage.space is not None:
-        counts["semantic"] = len(stage.space.grid)
+        counts["semantic"] = len(stage.space.grid_of(clip))
     if isinstance(stage, LatentStage):
-        counts["latent"] = prod(stage.latent_shape[1:]) // prod(stage.generator.transformer.patch)
+        counts["latent"] = prod(stage.latent_shape_of(clip)[1:]) // prod(stage.generator.transformer.patch)
     return counts
 
 
 class _Step(nn.Module):
     """A step as the forward of one module, so that `functional_call` reaches all its parameters."""
 
-    def __init__(self, stage: Stage):
+    def __init__(self, stage: Stage, clip: Clip):
         super().__init__()
-        self.stage = stage
+        self.stage, self.shape = stage, (clip.num_frames, clip.height, clip.width)
 
     def forward(self, batch: dict) -> None:
         keys = torch.arange(len(batch["prompt"]))
-        losses = self.stage.losses(batch | {"key": keys}, torch.full(keys.shape, 0.5), batch["prompt"])
+        facts = {"key": keys, "shape": [self.shape] * len(keys)}
+        losses = self.stage.losses(batch | facts, torch.full(keys.shape, 0.5), batch["prompt"])
         self.stage.total(losses).backward()
 
 
@@ -104,13 +110,14 @@ class _Frozen(nn.Module):
             text.model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
-def _encoded(stage: Stage) -> dict[str, Tensor]:
+def _encoded(stage: Stage, clip: Clip) -> dict[str, Tensor]:
     """An encoded clip as a batch, without content but for a prompt in bytes."""
     text, space, shapes = stage.text, stage.space, {}
     if space is not None:
-        shapes["features"] = (len(space.grid.seconds), space.grid.height, space.grid.width, space.encoder.dim)
+        grid = space.grid_of(clip)
+        shapes["features"] = (len(grid.seconds), grid.height, grid.width, space.encoder.dim)
     if isinstance(stage, LatentStage):
-        shapes["latents"] = stage.latent_shape
+        shapes["latents"] = stage.latent_shape_of(clip)
     if not text.learnt:
         shapes["prompt"] = (text.max_tokens, text.dim)
     batch = {name: torch.empty(1, *shape, device="meta") for name, shape in shapes.items()}

@@ -56,20 +56,22 @@ def exported_parts(stage: Stage) -> dict[str, nn.Module]:
 def transformer_config(stage: Stage) -> dict:
     """The config.json of diffusers; of another class, and with what is ours, where the network is not Wan's."""
     transformer = stage.ema.transformer
-    config = wan_config(transformer)
+    config = wan_config(transformer) | {"rotary_rate": transformer.rotary_rate}
     if is_wan(stage):
         return {"_class_name": "WanTransformer3DModel"} | config
     semantic = getattr(transformer, "semantic_embedding", None)
     ours = {
-        "semantic_dim": semantic and semantic.in_features, "rotary_rate": transformer.rotary_rate,
-        "absolute_time": hasattr(transformer, "time_embedding"),
+        "semantic_dim": semantic and semantic.in_features, "absolute_time": hasattr(transformer, "time_embedding"),
+        "window_seconds": transformer.window_seconds,
     }  # fmt: skip
     return {"_class_name": type(transformer).__name__} | config | ours
 
 
 def is_wan(stage: Stage) -> bool:
     """Whether diffusers' network can say the same: nothing of ours, steps that begin at 0 and are evenly apart."""
-    ours = any(hasattr(stage.ema.transformer, layer) for layer in ("semantic_embedding", "time_embedding"))
+    transformer = stage.ema.transformer
+    ours = any(hasattr(transformer, layer) for layer in ("semantic_embedding", "time_embedding"))
+    ours = ours or (transformer.window_seconds is not None and stage.seconds[-1] > transformer.window_seconds)
     seconds = torch.tensor(stage.seconds)
     even = torch.arange(len(seconds)) * seconds[-1] / max(len(seconds) - 1, 1)
     return not ours and torch.allclose(seconds, even, atol=1e-4)

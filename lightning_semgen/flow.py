@@ -25,16 +25,6 @@ def velocity(z_0: Tensor, eps: Tensor) -> Tensor:
     return eps - z_0
 
 
-def data(z_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """z_0 from a point and its velocity."""
-    return z_t - _like(t, z_t) * v
-
-
-def noise(z_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """ε from a point and its velocity."""
-    return z_t + (1 - _like(t, z_t)) * v
-
-
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Moves times towards noise by the factor `shift`; 1 leaves them as they are."""
     return shift * t / (1 + (shift - 1) * t)

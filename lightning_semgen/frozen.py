@@ -46,6 +46,15 @@ class FrozenParts:
         for part in self.modules:
             part.to(device)
 
+    def share(self, other: "FrozenParts") -> None:
+        """Takes the other's encoders where they are the same, so that a device has them once."""
+        mine, theirs = self.fingerprint(), other.fingerprint()
+        same = {name for name, value in mine.items() if theirs.get(name) == value}
+        if {"text_encoder", "text_encoder_weights"} <= same:
+            self.text = other.text
+        if {"encoder", "encoder_options", "encoder_weights"} <= same:
+            self.space.share_encoder(other.space)
+
     @property
     def needs_video(self) -> bool:
         """Whether frames at the full rate are needed, or those of the semantic stream will do."""

@@ -33,7 +33,9 @@ class Gallery(Callback):
         if batch_idx or trainer.sanity_checking or not isinstance(stage, Stage):
             return
         batch = {name: values[:COUNTED] for name, values in batch.items()}
-        for name, columns in pictures(stage, batch).items():
+        with trainer.precision_plugin.forward_context():  # as in validation and predict
+            shown = pictures(stage, batch)
+        for name, columns in shown.items():
             for title in columns.keys() & {f"on {GENERATED}", f"on {NONE}"}:
                 stage.adherence.update(columns[title], batch["info"])
             for writer in writers(trainer):

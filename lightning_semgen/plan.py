@@ -68,6 +68,11 @@ class Setting:
         return self.strategy.lower().startswith(("fsdp", "modelparallel"))
 
     @property
+    def gathers_half(self) -> bool:
+        """Whether weights are gathered in the precision that is computed in."""
+        return self.strategy.lower().startswith(("fsdp2", "modelparallel"))
+
+    @property
     def dtype(self) -> torch.dtype:
         """In which the generator computes."""
         return torch.bfloat16 if self.precision in HALF else torch.float32
@@ -94,13 +99,13 @@ def memory(stage: Stage, setting: Setting) -> dict[str, float]:
     }
     if setting.sharded:
         parts = {name: value / setting.gpus for name, value in parts.items()}
-        block = size(list(stage.generator.transformer.blocks[0].parameters()), setting.dtype)
+        gathered = setting.dtype if setting.gathers_half else own
+        block = size(list(stage.generator.transformer.blocks[0].parameters()), gathered)
         parts["gathered blocks"] = 3 * block  # weights of one and of the next, gradients of one
-    else:
-        if own != setting.dtype:
-            parts[f"weights in {str(setting.dtype).removeprefix('torch.')}"] = size(generator, setting.dtype)
-        if setting.gpus > 1:
-            parts["DDP's buckets"] = gradients
+    elif setting.gpus > 1:
+        parts["DDP's buckets"] = gradients
+    if own != setting.dtype and not setting.gathers_half:  # what autocast makes, it keeps until the pass ends
+        parts[f"weights in {str(setting.dtype).removeprefix('torch.')}"] = size(generator, setting.dtype)
     return parts | {"frozen parts": size([p for part in stage.frozen.modules for p in part.parameters()])}
 
 

@@ -61,6 +61,12 @@ def check_config(transformer: VideoTransformer, checkpoint: Checkpoint) -> None:
             f"There is no config.json beside {checkpoint.path}: fetch it too, it says what the weights are."
         )
     wanted = {name: value for name, value in wan_config(transformer).items() if name not in STAGES_OWN}
+    rate = found.get("rotary_rate", transformer.rotary_rate)  # said by `lightning export` alone
+    if rate != transformer.rotary_rate:
+        raise UserError(
+            f"{checkpoint.path} was trained with a rotary_rate of {rate:g}, here it is {transformer.rotary_rate:g}: set"
+            f" model.rotary_rate to {rate:g}."
+        )
     wrong = [f"{name} is {found.get(name)}, not {v}" for name, v in wanted.items() if found.get(name) != v]
     if not wrong:
         return

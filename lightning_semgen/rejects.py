@@ -40,8 +40,14 @@ class Rejects(Callback):
     def on_train_batch_end(self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int) -> None:
         if not reports(trainer, batch_idx):
             return
-        causes = self.tally.causes
-        stage.log_dict({f"rejected/{cause}": float(count) for cause, count in causes.items()}, batch_size=1)
-        counts = torch.tensor([causes.total(), self.tally.seen], device=stage.device)
-        bad, seen = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        self.tally.check(trainer.datamodule.max_bad_share, bad, seen)
+        everywhere = self._of_all_ranks(trainer)
+        counts = {f"rejected/{cause}": float(count) for cause, count in everywhere.causes.items()}
+        stage.log_dict(counts, batch_size=1)
+        everywhere.check(trainer.datamodule.max_bad_share)
+
+    def _of_all_ranks(self, trainer: Trainer) -> Tally:
+        if trainer.world_size == 1:
+            return self.tally
+        tallies = [self.tally] * trainer.world_size
+        torch.distributed.all_gather_object(tallies, self.tally)
+        return sum(tallies, Tally())

@@ -78,6 +78,9 @@ class SemanticSpace(nn.Module):
     def encoder(self) -> FrozenEncoder:
         return self._frozen[0]
 
+    def share_encoder(self, other: "SemanticSpace") -> None:
+        self._frozen = other._frozen
+
     @property
     def channels(self) -> int:
         """d, or D without compression."""
@@ -130,9 +133,14 @@ class SemanticSpace(nn.Module):
         noise = keyed.normal(batch["key"], "posterior", *moments.shape[1:-1], self.channels)
         return self.compressor.posterior(moments, noise)
 
+    def sample(self, batch: dict) -> tuple[Tensor, Posterior]:
+        """Standardised samples z_sem (B, T', H', W', d), and what they are drawn from."""
+        posterior = self.posterior(batch)
+        return self.compressor.standardise(posterior.z), posterior
+
     def forward(self, batch: dict) -> Tensor:
-        """Standardised samples z_sem (B, T', H', W', d)."""
-        return self.compressor.standardise(self.posterior(batch).z)
+        """z_sem (B, T', H', W', d)."""
+        return self.sample(batch)[0]
 
     @torch.no_grad()
     def measure(self, batches, clips: int, batch_size: int) -> None:

@@ -256,8 +256,7 @@ class Stage(LightningModule):
 
     def validation_semantics(self, batch: dict) -> Tensor:
         """z_sem (B, T', H', W', d), which enter the channels' statistics while this run learns the compressor."""
-        posterior = self.space.posterior(batch)
-        z_sem = self.space.compressor.standardise(posterior.z)
+        z_sem, posterior = self.space.sample(batch)
         if self.channel_statistics is not None:
             self.channel_statistics.update(z_sem, posterior.kl)
         return z_sem
@@ -393,9 +392,12 @@ class Stage(LightningModule):
             raise UserError(
                 f"{type(self).__name__} makes videos together with another run: name it as {self.partner_option}."
             )
-        partner = load_stage(self.partner_run).to(self.device)
-        partner.frozen.to(self.device)
+        partner = load_stage(self.partner_run)
         self.space.check_same(partner.space, self.partner_run)
+        partner.generator = None  # the twin samples
+        partner.frozen.share(self.frozen)
+        partner.to(self.device)
+        partner.frozen.to(self.device)
         return partner
 
     def can_make_videos(self) -> bool:

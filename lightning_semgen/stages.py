@@ -51,8 +51,7 @@ class SemanticStage(Stage):
     def losses(self, batch: dict, t: Tensor, prompt: Tensor) -> dict[str, Tensor]:
         if self.learns_compressor:
             batch = batch | {"features": self.space.features(batch)}  # which the compressor's teacher looks at too
-        posterior = self.space.posterior(batch)
-        z_sem = self.space.compressor.standardise(posterior.z)
+        z_sem, posterior = self.space.sample(batch)
         losses = {"flow_loss": self.flow_loss(self.generator, channels_first(z_sem.detach()), batch, t, prompt, None)}
         if not self.learns_compressor:
             return losses
@@ -162,21 +161,24 @@ class LatentStage(Stage):
     def losses(self, batch: dict, t: Tensor, prompt: Tensor) -> dict[str, Tensor]:
         if self.space is None:
             return {"flow_loss": self.flow_loss(self.generator, self.frozen.latents(batch), batch, t, prompt, None)}
-        posterior = self.space.posterior(batch)
-        z_sem = self.space.compressor.standardise(posterior.z)
+        z_sem, posterior = self.space.sample(batch)
         tau, grid = self.training_noise(batch["key"]), self.space.grid_of(self.clip_of(batch))
         semantics = self.noised(z_sem, batch["key"], tau, grid)
         losses = {"flow_loss": self.flow_loss(self.generator, self.frozen.latents(batch), batch, t, prompt, semantics)}
         return losses | {"kl": self.kl(posterior)} if self.learns_compressor else losses
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Flow loss, and the semantic gap: how much it grows with another clip's semantics; 0 if they are ignored."""
+        """Flow loss, and the semantic gap: how much it grows with the semantics of the clip before; 0 if ignored."""
         t, latents, prompt = self.validation_times(batch), self.frozen.latents(batch), self.prompt(batch)
         own = None if self.space is None else self.inference_semantics(self.validation_semantics(batch), batch["key"])
         losses = self.flow_loss(self.ema, latents, batch, t, prompt, own)
         self.log("val/flow_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
-        if own is not None and len(own.z) > 1:  # a clip alone has no other's semantics
-            other = Semantics(own.z.roll(1, dims=0), own.tau, own.grid)
+        if own is None:
+            return
+        before = self._before if batch_idx else own.z[-1:]
+        self._before = own.z[-1:]
+        if batch_idx or len(own.z) > 1:  # the first clip, where it is alone, has none before it
+            other = Semantics(torch.cat([before, own.z[:-1]]), own.tau, own.grid)
             gap = self.flow_loss(self.ema, latents, batch, t, prompt, other) - losses
             self.log("val/semantic_gap", gap.mean(), batch_size=len(losses), sync_dist=True)
 

@@ -15,7 +15,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -106,12 +106,19 @@ for name, strategy in {"fsdp": FSDP, "fsdp2": FSDP2}.items():
 
 
 def shard(stage: LightningModule) -> None:
-    """Spreads the parameters of a stage over its device mesh, once."""
+    """Spreads the parameters of a stage over its device mesh, once.
+
+    Under bf16-mixed the transformer's are gathered in bfloat16: half the traffic, and nothing for autocast to copy, which
+    would keep what it makes of each gathered weight until the pass ends. Gradients are summed in float32.
+    """
     hybrid = stage.trainer.strategy.hybrid
     mesh = stage.device_mesh if hybrid else stage.device_mesh["data_parallel"]
+    half = torch.bfloat16 if stage.trainer.precision == "bf16-mixed" else None
     for module in reversed(list(stage.modules())):  # inner ones first
         if type(module) in GATHERED:
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+            dtype = half if isinstance(module, Block | VideoTransformer) else None
+            policy = MixedPrecisionPolicy(dtype, dtype and torch.float32, cast_forward_inputs=False)
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
 
 
 def total_norm(parameters: Iterable[nn.Parameter], model: nn.Module) -> Tensor:

@@ -270,7 +270,7 @@ class VideoTransformer(nn.Module):
     def _absolute_time(self, grid: Grid) -> Tensor:
         """(T, dim), of the positions that rotary angles are made of."""
         weight = self.time_embedding.weight
-        positions = torch.tensor(grid.seconds, device=weight.device) * self.rotary_rate
+        positions = torch.tensor(grid.seconds, dtype=torch.float32, device=weight.device) * self.rotary_rate
         return self.time_embedding(self.condition_embedder.timesteps_proj(positions).to(weight.dtype))
 
     def compile(self, **options) -> None:

@@ -220,6 +220,18 @@ def test_resume_drops_points_past_its_step(workspace, lightning):
     assert {event.step for event in events.Scalars("train/flow_loss")} == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_curves_of_training_have_points_at_the_same_steps(accumulate, workspace, lightning):
+    fit = ("fit", "-c", f"{CONFIGS}/dim8.yaml", "--trainer.log_every_n_steps=2", "--model.compressor_steps=1")
+    fit += (f"--trainer.accumulate_grad_batches={accumulate}",)
+    lightning(*fit, "--trainer.max_steps=3")
+    lightning(*fit, "--trainer.max_steps=6", "--ckpt_path=last")
+    events = EventAccumulator(str(workspace / "runs/dim8")).Reload()
+    steps = {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag.startswith("train/")}
+    assert steps["train/gradient_norm"] == [1, 3, 5]
+    assert all(points == [1, 3, 5] for tag, points in steps.items() if " t " not in tag), steps
+
+
 # Bad input: one clear sentence, exit code not 0
 
 

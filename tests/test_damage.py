@@ -78,9 +78,9 @@ def test_an_epoch_delivers_every_good_sample_in_its_place(clips):
         names |= {key for key, _ in rejected}
     bad = {f"k{n:04}" for n in BAD}
     assert sorted(own) == sorted({f"k{n:04}" for n in range(COUNT)} - bad) and names == bad
-    tally.check(0.2, tally.causes.total(), tally.seen)
+    tally.check(0.2)
     with pytest.raises(UserError, match=r"samples were rejected, more than data.max_bad_share 0.05 allows:\n +\d+  "):
-        tally.check(0.05, tally.causes.total(), tally.seen)
+        tally.check(0.05)
 
 
 def test_encoding_keeps_every_good_sample_once_or_stops_with_the_causes(clips, tmp_path, recwarn):

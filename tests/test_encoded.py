@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CLIP
+from conftest import CLIP, CONFIGS
 from test_stages import stage
 
 from data.datasets import ClipDataset, Stream, collate
@@ -93,6 +93,22 @@ def test_semantics_in_place_of_features_give_the_same_samples_and_losses(cls, sh
         check_fingerprint(tmp_path / "enc", made.frozen.fingerprint())
     with pytest.raises(UserError, match=f"made with compressor '{expected}', the config says None"):
         check_fingerprint(tmp_path / "enc", stage(cls).frozen.fingerprint())
+
+
+def test_shards_of_other_videos_are_refused(workspace, lightning, fails):
+    fit = ("fit", "-c", f"{CONFIGS}/dim8.yaml", "--trainer.max_steps=2", "--model.compressor_steps=1")
+    lightning(*fit)
+    assert "made with min_duration 0.0, the config says 1.5" in fails(*fit, "--data.min_duration=1.5", "--ckpt_path=last")
+
+
+def test_what_a_killed_process_had_begun_is_removed(shards, tmp_path):
+    made, folder = stage(SemanticStage), tmp_path / "enc"
+    list(batches(made, shards, folder))
+    (whole,) = folder.glob("*.tar")
+    begun = whole.with_name(f"{whole.name}.0123.partial")
+    whole.rename(begun)
+    list(batches(made, shards, folder))
+    assert whole.exists() and not begun.exists()
 
 
 def test_semantics_need_a_frozen_compressor():

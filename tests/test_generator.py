@@ -50,6 +50,12 @@ def runs(shards, tmp_path_factory):
     return folder / "runs"
 
 
+def test_the_other_stage_brings_nothing_twice(trained):
+    stage = Generator.from_runs("runs/latent_dim8", device="cpu").stage
+    assert stage.partner.space.encoder is stage.space.encoder
+    assert stage.generator is None and stage.partner.generator is None
+
+
 @pytest.fixture
 def trained(runs, tmp_path, monkeypatch):
     """The current folder, with a copy of these runs."""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from encoders.checkpoint import MissingWeights
 from lightning_semgen.errors import UserError
-from lightning_semgen.export import export_run
+from lightning_semgen.export import export_run, transformer_config
 from lightning_semgen.pretrained import load_wan, wan_config
 from lightning_semgen.runs import load_stage
 from lightning_semgen.stages import LatentStage, SemanticStage
@@ -262,10 +262,19 @@ def test_an_exported_run_opens_in_diffusers_and_starts_another(workspace, lightn
         output = stage.ema.transformer(z, t, text, stage.seconds)
     assert output.std() > 0 and (output - reference).abs().max() / reference.std() <= 5e-5
     assert "exported is already there" in fails("export", "runs/latent_dim8", "exported", small=False)
-    lightning("fit", "-c", f"{CONFIGS}/latent_dim8.yaml", *options, "--model.init_from=exported", "--model.lr=0",
-              "--trainer.default_root_dir=second")  # fmt: skip
+    again = ("fit", "-c", f"{CONFIGS}/latent_dim8.yaml", *options, "--model.init_from=exported", "--model.lr=0")
+    again += ("--trainer.default_root_dir=second",)
+    assert "set model.rotary_rate to 6" in fails(*again)
+    lightning(*again, "--model.rotary_rate=6")
     second = load_stage("second").ema.transformer.state_dict()
     assert all(torch.equal(tensor, second[name]) for name, tensor in stage.ema.transformer.state_dict().items())
+
+
+def test_attention_in_windows_is_exported_as_ours():
+    for num_frames, name in ((49, "WanTransformer3DModel"), (97, "VideoTransformer")):  # 2 s and 4 s
+        clip = replace(CLIP, num_frames=num_frames)
+        config = transformer_config(LatentStage(clip=clip, encoder="none", window_seconds=2.5))
+        assert config["_class_name"] == name
 
 
 def test_what_diffusers_cannot_say_is_exported_as_ours(workspace, lightning):

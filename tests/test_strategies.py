@@ -122,6 +122,9 @@ def test_both_stages_of_a_sharded_run_make_videos(precision, runs):
     options = ("--trainer.strategy=fsdp2", f"--trainer.precision={precision}")
     semantic, latent = f"semantic_{precision}", f"latent_{precision}"
     on_two_ranks(*fit(semantic, 6, 2, 6, *options))
+    on_one(*fit(f"one_{precision}", 6, 4, 6, f"--trainer.precision={precision}"))
+    losses = [curves(run)["train/flow_loss"] for run in (semantic, f"one_{precision}")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
     learnt = (f"--model.compressor={semantic}", "--data.encoded=null")
     on_two_ranks(*fit(latent, 3, 2, 3, *learnt, *options, config="latent_dim8"))
     state = load_checkpoint(latent)["state_dict"]
@@ -133,6 +136,11 @@ def test_both_stages_of_a_sharded_run_make_videos(precision, runs):
     assert "gallery/videos" in EventAccumulator(latent).Reload().Tags()["images"]
     on_two_ranks("test", "-c", f"{latent}/config.yaml", *SMALL, *options, "--trainer.limit_test_batches=1")
     assert len(list(Path(latent, "test").glob("*.mp4"))) == 8  # a batch of 4 on each rank
+    prompts = Path(f"prompts_{precision}.txt")
+    prompts.write_text("a red circle moves up\na blue bar moves left\na green pillar moves down")
+    one_each = (f"--data.prompts={prompts}", "--data.batch_size=1")  # two for one rank, one for the other
+    on_two_ranks("predict", "-c", f"{latent}/config.yaml", *SMALL, *options, *one_each)
+    assert len(list(Path(latent, "predict").glob("*.mp4"))) == 3
 
 
 @pytest.mark.slow
