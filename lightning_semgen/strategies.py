@@ -108,8 +108,8 @@ for name, strategy in {"fsdp": FSDP, "fsdp2": FSDP2}.items():
 def shard(stage: LightningModule) -> None:
     """Spreads the parameters of a stage over its device mesh, once.
 
-    Under bf16-mixed the transformer's are gathered in bfloat16: half the traffic, and nothing for autocast to copy, which
-    would keep what it makes of each gathered weight until the pass ends. Gradients are summed in float32.
+    Under bf16-mixed the transformer's are gathered in bfloat16: half the traffic, and no copies of autocast,
+    which keeps them until the pass ends. Gradients are summed in float32.
     """
     hybrid = stage.trainer.strategy.hybrid
     mesh = stage.device_mesh if hybrid else stage.device_mesh["data_parallel"]

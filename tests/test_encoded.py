@@ -98,7 +98,8 @@ def test_semantics_in_place_of_features_give_the_same_samples_and_losses(cls, sh
 def test_shards_of_other_videos_are_refused(workspace, lightning, fails):
     fit = ("fit", "-c", f"{CONFIGS}/dim8.yaml", "--trainer.max_steps=2", "--model.compressor_steps=1")
     lightning(*fit)
-    assert "made with min_duration 0.0, the config says 1.5" in fails(*fit, "--data.min_duration=1.5", "--ckpt_path=last")
+    said = fails(*fit, "--data.min_duration=1.5", "--ckpt_path=last")
+    assert "made with min_duration 0.0, the config says 1.5" in said
 
 
 def test_what_a_killed_process_had_begun_is_removed(shards, tmp_path):
