@@ -28,6 +28,13 @@ class RunLogger(TensorBoardLogger):
         self.experiment.flush()
 
 
+class CountSteps(Callback):
+    """Points of curves stand at the optimiser's steps: resumed with accumulation, Lightning counts one too many."""
+
+    def on_train_batch_start(self, trainer: Trainer, *_) -> None:
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
 class CompareRuns(Callback):
     """A row of TensorBoard's HParams: what sets the run apart, and the latest value of each `COMPARED` curve.
 

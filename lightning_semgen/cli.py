@@ -26,7 +26,7 @@ from lightning_semgen import (
     strategies,  # noqa: F401  registers names
     toy_parts,  # noqa: F401
 )
-from lightning_semgen.board import CompareRuns, RunLogger
+from lightning_semgen.board import CompareRuns, CountSteps, RunLogger
 from lightning_semgen.callbacks import LostRank, Progress, ReferenceSheet, StopOnSignal, Throughput, WriteResults
 from lightning_semgen.doctor import doctor
 from lightning_semgen.errors import UserError
@@ -105,6 +105,7 @@ class SemGenCLI(LightningCLI):
             Throughput(),
             Rejects(),
             Gallery(),
+            CountSteps(),
             CompareRuns(),
             WriteResults(),
             ReferenceSheet(),

@@ -228,8 +228,8 @@ def test_curves_of_training_have_points_at_the_same_steps(accumulate, workspace,
     lightning(*fit, "--trainer.max_steps=6", "--ckpt_path=last")
     events = EventAccumulator(str(workspace / "runs/dim8")).Reload()
     steps = {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag.startswith("train/")}
-    assert steps["train/gradient_norm"] == [1, 3, 5]
     assert all(points == [1, 3, 5] for tag, points in steps.items() if " t " not in tag), steps
+    assert "train/gradient_norm" in steps
 
 
 # Bad input: one clear sentence, exit code not 0

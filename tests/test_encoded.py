@@ -7,7 +7,7 @@ from test_stages import stage
 
 from data.datasets import ClipDataset, Stream, collate
 from data.encoded import Encoding, check_fingerprint, encode_shards
-from data.shards import Shards
+from data.shards import Shards, index_path
 from lightning_semgen.errors import UserError
 from lightning_semgen.stages import LatentStage, SemanticStage
 
@@ -108,6 +108,7 @@ def test_what_a_killed_process_had_begun_is_removed(shards, tmp_path):
     (whole,) = folder.glob("*.tar")
     begun = whole.with_name(f"{whole.name}.0123.partial")
     whole.rename(begun)
+    index_path(whole).unlink()
     list(batches(made, shards, folder))
     assert whole.exists() and not begun.exists()
 
