@@ -1,8 +1,6 @@
 """The data module: shards to batches, on any number of ranks and workers; its state is one integer."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +8,6 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveIn
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from data.buckets import BucketStream, clips_of, split_into
 from data.choice import Choice
@@ -36,13 +33,10 @@ from data.encoded import (
     encoded_paths,
 )
 from data.order import PositionBatches
-from data.shards import MAX_MEMBER_MB, Shards, index_path, write_shard
-from data.toy import toy_clip
-from data.toy_scenes import toy_story
+from data.shards import MAX_MEMBER_MB, Shards
+from data.toy_shards import TOY_HELDOUT, render_toy_world
 from data.workers import settle
 from lightning_semgen.errors import UserError
-
-TOY_SHARD, TOY_HELDOUT = 256, 192  # clips in a shard of the toy world; 192 = 12 of each held-out composition
 
 
 class VideoDataModule(LightningDataModule):
@@ -322,27 +316,3 @@ class VideoDataModule(LightningDataModule):
                 f" seen are no multiple of the {self.global_batch_size} of a batch on all devices: keep data.batch_size"
                 " times the number of devices as it was."
             )
-
-
-def render_toy_world(pattern: str | list[str], split: str, clips: int, clip: Clip, scenes: int = 1) -> None:
-    """Writes the shards of a split of the toy world that are missing; the `*` of the pattern is their number."""
-    if not isinstance(pattern, str) or pattern.count("*") != 1:
-        raise UserError(
-            f"The toy world is rendered to one pattern with one *, such as shards/toy/train-*.tar, not {pattern}."
-        )
-    starts = {Path(pattern.replace("*", f"{n:06d}")): n * TOY_SHARD for n in range(-(-clips // TOY_SHARD))}
-    todo = {p: range(s, min(s + TOY_SHARD, clips)) for p, s in starts.items() if not index_path(p).exists()}
-    render = toy_clip if scenes == 1 else partial(toy_story, scenes=scenes)
-    size = {"num_frames": clip.num_frames, "height": clip.height, "width": clip.width, "fps": clip.fps}
-    bar = tqdm(total=sum(map(len, todo.values())), desc=f"rendering {split} clips", unit="clip", disable=not todo)
-    with ProcessPoolExecutor() as pool, bar as progress:
-        for path, indices in todo.items():
-            write_shard(
-                path, _samples(pool.map(partial(render, split, seed=0, **size), indices, chunksize=8), progress)
-            )
-
-
-def _samples(clips, progress: tqdm):
-    for key, mp4, info in clips:
-        progress.update()
-        yield {"__key__": key, "mp4": mp4, "json": info}

@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
 from data.clip import Clip  # noqa: E402
-from data.datamodule import render_toy_world  # noqa: E402
+from data.toy_shards import render_toy_world  # noqa: E402
 from lightning_semgen.cli import main  # noqa: E402
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -12,11 +12,12 @@ from test_stages import stage
 from data.choice import Choice
 from data.clip import Clip
 from data.cuts import CutClips, Part, StretchEncoding, Stretches
-from data.datamodule import VideoDataModule, render_toy_world
+from data.datamodule import VideoDataModule
 from data.datasets import ClipDataset, Stream, collate
 from data.decode import Rejected, decode_clip
 from data.encoded import encode_shards
 from data.shards import Shards
+from data.toy_shards import render_toy_world
 from encoders.taef2 import TAEF2
 from encoders.vae import FrozenVAE, build_vae
 from encoders.wan_vae import WanVAE

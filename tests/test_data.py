@@ -14,7 +14,7 @@ from conftest import CLIP
 
 from data.choice import Choice, chosen_caption
 from data.clip import Clip
-from data.datamodule import VideoDataModule, render_toy_world
+from data.datamodule import VideoDataModule
 from data.datasets import ClipDataset, FixedClips, Stream, collate, read_prompts
 from data.decode import Rejected, decode_clip
 from data.encoded import Encoding, check_fingerprint, encode_shards, share_of
@@ -22,6 +22,7 @@ from data.mp4 import write_mp4
 from data.order import PositionBatches, SampleOrder
 from data.shards import Shards, has_caption, index_path, write_shard
 from data.toy import toy_clip
+from data.toy_shards import render_toy_world
 from lightning_semgen.errors import UserError
 
 SMALL = Clip(5, 16, 16, 24.0, 12.0)
