@@ -69,8 +69,8 @@ class Setting:
 
     @property
     def gathers_half(self) -> bool:
-        """Whether weights are gathered in the precision that is computed in."""
-        return self.strategy.lower().startswith(("fsdp2", "modelparallel"))
+        """Whether weights are gathered in the precision that is computed in, though they have another."""
+        return self.precision == "bf16-mixed" and self.strategy.lower().startswith(("fsdp2", "modelparallel"))
 
     @property
     def dtype(self) -> torch.dtype:

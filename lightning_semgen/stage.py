@@ -280,7 +280,7 @@ class Stage(LightningModule):
             self._measured = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # others would not be seen
+        if is_reported(self.trainer, self.global_step + 1):  # others would not be seen
             self.log_train(gradient_norm=total_norm(self.generator.parameters(), self.trainer.strategy.model))
         if self.learns_compressor and self.global_step < self.compressor_steps:
             self.space.compressor.standardise.update()
@@ -423,4 +423,9 @@ class Stage(LightningModule):
 def reports(trainer: Trainer, batch_idx: int) -> bool:
     """Whether Lightning writes to its loggers at this batch."""
     ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-    return ends_step and trainer.global_step % trainer.log_every_n_steps == 0
+    return ends_step and is_reported(trainer, trainer.global_step)
+
+
+def is_reported(trainer: Trainer, step: int) -> bool:
+    """Whether Lightning writes to its loggers after that many optimiser steps; it takes 0 for never."""
+    return trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0

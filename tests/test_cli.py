@@ -220,6 +220,13 @@ def test_resume_drops_points_past_its_step(workspace, lightning):
     assert {event.step for event in events.Scalars("train/flow_loss")} == {0, 1, 2, 3}
 
 
+def test_a_fit_may_log_nothing(workspace, lightning):
+    fit = ("fit", "-c", f"{CONFIGS}/dim8.yaml", "--trainer.log_every_n_steps=0", "--model.compressor_steps=1")
+    lightning(*fit, "--trainer.max_steps=2")
+    tags = EventAccumulator(str(workspace / "runs/dim8")).Reload().Tags()["scalars"]
+    assert "val/flow_loss" in tags and not any(tag.startswith("train/") for tag in tags)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_curves_of_training_have_points_at_the_same_steps(accumulate, workspace, lightning):
     fit = ("fit", "-c", f"{CONFIGS}/dim8.yaml", "--trainer.log_every_n_steps=2", "--model.compressor_steps=1")

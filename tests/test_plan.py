@@ -106,6 +106,14 @@ def test_the_papers_setting_is_planned_without_its_weights(lightning, capsys, tm
     assert one["step_seconds"] == pytest.approx(one["flops"]["trained"] / (0.4 * 989e12))
 
 
+def test_fsdp2_gathers_bfloat16_and_the_others_keep_a_copy_in_it(lightning, capsys):
+    config = ("-c", f"{CONFIGS}/dim8.yaml", "--gpus=2", "--trainer.precision=bf16-mixed")
+    parts = {s: plan(lightning, capsys, *config, f"--trainer.strategy={s}")["memory"] for s in ("ddp", "fsdp", "fsdp2")}
+    copies = {strategy: "weights in bfloat16" in memory for strategy, memory in parts.items()}
+    assert copies == {"ddp": True, "fsdp": True, "fsdp2": False}
+    assert parts["fsdp"]["gathered blocks"] == 2 * parts["fsdp2"]["gathered blocks"]
+
+
 def test_a_table_for_a_person(lightning, capsys):
     lightning("plan", "-c", f"{CONFIGS}/dim8.yaml", "--gpu", "l40s", "--trainer.strategy=ddp", "--gpus=2", small=False)
     said = capsys.readouterr().out

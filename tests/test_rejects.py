@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from conftest import CONFIGS
+from conftest import CONFIGS, SMALL, on_two_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.shards import write_shard
 from data.toy import toy_clip
+from lightning_semgen.cli import run as run_command
 
 FIT = (
     "fit",
@@ -40,6 +41,16 @@ def test_bad_samples_are_counted_and_named(damaged, lightning):
     assert {row["cause"] for row in rows} == {"does not decode: InvalidDataError"}
     curves = EventAccumulator(str(damaged / "runs/dim8")).Reload()
     assert curves.Scalars("rejected/does not decode: InvalidDataError")[-1].value >= 2
+
+
+@pytest.mark.slow
+def test_two_ranks_count_what_one_counts(damaged):
+    counts = {}
+    for run, size, fit in (("one", 4, lambda *args: run_command(list(args))), ("two", 2, on_two_ranks)):
+        fit(*FIT, *STEPS, *SMALL, f"--data.batch_size={size}", f"--trainer.default_root_dir={run}")
+        points = EventAccumulator(run).Reload().Scalars("rejected/does not decode: InvalidDataError")
+        counts[run] = [(point.step, point.value) for point in points]
+    assert counts["one"] == counts["two"] and counts["one"][-1][1] >= 2
 
 
 def test_too_many_bad_samples_stop_the_run(damaged, fails, monkeypatch):
