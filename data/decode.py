@@ -76,13 +76,16 @@ def _sought(container: av.container.InputContainer, stream: av.VideoStream, star
     return None if head is None or head[0] > start + TOLERANCE else chain([head], frames)
 
 
+# Titles come in any encoding: PyAV 19 takes them all, those before it fail unless they are told to replace.
+ANY_TITLE = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+
+
 @contextmanager
 def opened(video: bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The container and its main video stream; `Rejected` where there is none or what is read of it is broken."""
     limit = {"max_pixels": str(MAX_PIXELS)}  # for frames decoded to learn what the stream is, and for those after
     try:
-        # titles come in any encoding
-        with av.open(io.BytesIO(video), metadata_errors="replace", options=limit) as container:
+        with av.open(io.BytesIO(video), options=limit, **ANY_TITLE) as container:
             stream = container.streams.best("video")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise Rejected("no video stream")

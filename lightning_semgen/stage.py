@@ -74,6 +74,8 @@ class Stage(LightningModule):
         compile_blocks: whether a fit compiles the transformer's blocks by torch.compile: minutes at its start.
         checkpoint_blocks: whether training keeps each block's input alone and runs the block again in the backward
             pass: less memory, more time.
+        keep_attention: whether, with checkpoint_blocks, the output of self-attention is kept too and not computed
+            again: faster, for the memory of one more input for each block.
     """
 
     seconds: tuple[float, ...]  # of the steps of the generated thing, in the nominal clip
@@ -104,6 +106,7 @@ class Stage(LightningModule):
         sampling_steps: int = 30,
         compile_blocks: bool = False,
         checkpoint_blocks: bool = False,
+        keep_attention: bool = True,
     ):
         super().__init__()
         self.clip, self.size, self.init_from, self.rotary_rate = clip, size_of(size), init_from, rotary_rate
@@ -111,6 +114,7 @@ class Stage(LightningModule):
         self.kl_weight, self.prompt_dropout = kl_weight, prompt_dropout
         self.guidance_scale, self.sampling_steps = guidance_scale, sampling_steps
         self.compile_blocks, self.checkpoint_blocks = compile_blocks, checkpoint_blocks
+        self.keep_attention = keep_attention
         self.compressor_steps = compressor_steps if semantic_dim is not None else 0  # nothing to learn without d
         self.space = None
         if encoder != "none":
@@ -134,7 +138,7 @@ class Stage(LightningModule):
         rotary_rate = self.rotary_rate or (LATENTS_PER_SECOND if self.init_from else self.clip.fps / self.time_stride)
         transformer = VideoTransformer(
             channels, text.dim, self.size, patch, semantic_dim, rotary_rate, window_seconds, self.checkpoint_blocks,
-            absolute_time,
+            absolute_time, self.keep_attention,
         )  # fmt: skip
         self.generator = GeneratorNetwork(text if text.learnt else nn.Identity(), transformer)
         self.ema = deepcopy(self.generator).requires_grad_(False)

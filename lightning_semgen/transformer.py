@@ -6,7 +6,7 @@ tokens the network is Wan's. B batch, N tokens, C channels of the generated thin
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightning_semgen.errors import UserError
 from lightning_semgen.positions import Grid, rotary_angles, rotary_positions, rotate, wide
@@ -131,8 +131,28 @@ class Attention(nn.Module):
         return self.to_out[0](attention(q, k, v, layout.windows.groups).flatten(2))
 
 
+aten = torch.ops.aten
+KERNELS = {  # of attention
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def keep_self_attention(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """What a checkpointed block keeps beside its input: self-attention is most of a long clip's FLOPs.
+
+    Cross-attention, whose queries and keys differ in number, is cheap and would take as much memory.
+    """
+    keeps = op in KERNELS and args[0].shape == args[1].shape
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Block(nn.Module):
     """Self-attention, text cross-attention and feed-forward; modulated by time, chosen per kind of token."""
+
+    checkpointed = keeps_attention = False  # set by the transformer
 
     def __init__(self, size: Size, eps: float = 1e-6):
         super().__init__()
@@ -145,6 +165,13 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, size.dim) / size.dim**0.5)
 
     def forward(self, x: Tensor, text: Tensor, times: list[Tensor], sizes: list[int], layout: Layout) -> Tensor:
+        if self.checkpointed and torch.is_grad_enabled():
+            keep = partial(create_selective_checkpoint_contexts, keep_self_attention)
+            options = {"context_fn": keep} if self.keeps_attention else {}
+            return checkpoint(self.transformed, x, text, times, sizes, layout, use_reentrant=False, **options)
+        return self.transformed(x, text, times, sizes, layout)
+
+    def transformed(self, x: Tensor, text: Tensor, times: list[Tensor], sizes: list[int], layout: Layout) -> Tensor:
         # times: one (B, 6, dim) a kind; sizes: how many of the N tokens are of it
         table = [(self.scale_shift_table + wide(t)).chunk(6, dim=1) for t in times]
 
@@ -195,6 +222,7 @@ class VideoTransformer(nn.Module):
         rotary_rate: rotary positions per second.
         window_seconds: T_w of self-attention's windows; None: every token attends to all.
         checkpoint_blocks: whether training keeps each block's input alone and runs it again in the backward pass.
+        keep_attention: whether a block that is run again finds the output of its self-attention kept.
         absolute_time: whether the input layer adds the times of z's steps, which rotary positions tell relative to each
             other alone; nothing at first.
     """
@@ -210,11 +238,12 @@ class VideoTransformer(nn.Module):
         window_seconds: float | None = None,
         checkpoint_blocks: bool = False,
         absolute_time: bool = False,
+        keep_attention: bool = True,
         freq_dim: int = 256,
     ):
         super().__init__()
         self.size, self.patch, self.rotary_rate, self.window_seconds = size, patch, rotary_rate, window_seconds
-        self.checkpoint_blocks = checkpoint_blocks
+        self.checkpoint_blocks, self.keep_attention = checkpoint_blocks, keep_attention
         self.patch_embedding = nn.Conv3d(channels, size.dim, kernel_size=patch, stride=patch)
         self.condition_embedder = ConditionEmbedder(size.dim, text_dim, freq_dim)
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
@@ -260,11 +289,8 @@ class VideoTransformer(nn.Module):
         head_dim, sizes = self.size.dim // self.size.heads, [len(g) for g in grids]
         even_odd = layouts(tuple(grids), self.rotary_rate, head_dim, self.window_seconds, wide(x).dtype, x.device)
         for index, block in enumerate(self.blocks):
-            arguments = x, text, times, sizes, even_odd[index % 2]
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x = block(*arguments)
+            block.checkpointed, block.keeps_attention = self.checkpoint_blocks, self.keep_attention
+            x = block(x, text, times, sizes, even_odd[index % 2])
         return self._output(x[:, : len(grid)], embedding, grid)
 
     def _absolute_time(self, grid: Grid) -> Tensor:

@@ -92,9 +92,10 @@ def gradients(model: VideoTransformer) -> list[torch.Tensor]:
     return [p.grad for p in model.parameters()]
 
 
-def test_checkpointed_blocks_have_the_same_gradients():
+@pytest.mark.parametrize("keep_attention", [False, True])
+def test_checkpointed_blocks_have_the_same_gradients(keep_attention):
     plain, checkpointed = network(), network()
-    checkpointed.checkpoint_blocks = True
+    checkpointed.checkpoint_blocks, checkpointed.keep_attention = True, keep_attention
     assert all(map(torch.equal, gradients(plain), gradients(checkpointed)))
 
 

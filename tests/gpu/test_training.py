@@ -1,7 +1,11 @@
-"""What needs GPUs: every strategy on all of them, in bfloat16, with compiled blocks."""
+"""What needs GPUs: every strategy, in bfloat16, with compiled blocks, on one rank and on two.
+
+On a machine with one GPU two ranks share it: NCCL takes them for two machines, and they talk through the network stack.
+"""
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIGS, SMALL
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_semgen.runs import load_checkpoint, load_stage
 
@@ -17,17 +22,52 @@ STRATEGIES = ["ddp", "fsdp", "fsdp2"]
 SHARES = ["fsdp_dcp", "fsdp2_dcp"]  # of which each rank saves its share
 
 
-def fit(run: str, *args: str) -> None:
+def start(run: str, *args: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
     command = [
         sys.executable, "-m", "lightning_semgen", "fit", "-c", f"{CONFIGS}/dim8.yaml", *SMALL,
         f"--trainer.default_root_dir={run}", "--trainer.accelerator=gpu", "--model.compressor_steps=4",
-        "--trainer.gradient_clip_val=1.0", *args,
+        "--trainer.gradient_clip_val=1.0", "--trainer.log_every_n_steps=1", *args,
     ]  # fmt: skip
-    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(CONFIGS.parent)}, check=True)
+    environment = os.environ | {"PYTHONPATH": f"{CONFIGS.parent}:{os.environ.get('PYTHONPATH', '')}"} | (environment or {})
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, *SHARES])
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def finish(*processes: subprocess.Popen) -> None:
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    for process, lines in zip(processes, said, strict=True):
+        assert process.returncode == 0, lines[-3000:]
+
+
+def fit(run: str, *args: str) -> None:
+    finish(start(run, "--trainer.devices=1", *args))
+
+
+def fit_on_two(run: str, *args: str) -> None:
+    """With two clips on each rank; what torchrun would set for two nodes of one process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        environment = {
+            "RANK": str(rank), "LOCAL_RANK": "0", "GROUP_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+            "CUDA_VISIBLE_DEVICES": str(rank % torch.cuda.device_count()), "NCCL_HOSTID": f"host{rank}",
+            "NCCL_SOCKET_IFNAME": "lo", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1",
+        }  # fmt: skip
+        options = ("--trainer.devices=1", "--trainer.num_nodes=2", "--data.batch_size=2")
+        processes.append(start(run, *options, *args, environment=environment))
+    finish(*processes)
+
+
+def curve(run: str) -> list[float]:
+    return [event.value for event in EventAccumulator(run).Reload().Scalars("train/flow_loss")]
+
+
+HALF = [(strategy, "bf16-mixed") for strategy in (*STRATEGIES, *SHARES)] + [("fsdp", "bf16-true"), ("fsdp2", "bf16-true")]
+
+
+@pytest.mark.parametrize(("strategy", "precision"), HALF)
 def test_a_fit_in_bfloat16_is_resumed_and_read(strategy, precision, workspace):
     options = (f"--trainer.strategy={strategy}", f"--trainer.precision={precision}")
     fit("run", *options, "--trainer.max_steps=8")
@@ -41,34 +81,22 @@ def test_a_fit_in_bfloat16_is_resumed_and_read(strategy, precision, workspace):
     load_stage("run")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_all_gpus_learn_what_one_learns(strategy, workspace):
-    gpus = torch.cuda.device_count()
-    fit("one", "--trainer.devices=1", "--trainer.max_steps=10", f"--data.batch_size={2 * gpus}")
-    options = (f"--trainer.strategy={strategy}", f"--trainer.devices={gpus}")
-    fit("all", *options, "--trainer.max_steps=10", "--data.batch_size=2")
-    one, every = (load_checkpoint(run)["state_dict"] for run in ("one", "all"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(every[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
-
-
-@pytest.mark.parametrize("strategy", SHARES)
-def test_a_run_goes_on_from_shares_on_all_gpus_and_on_one(strategy, workspace):
-    gpus = torch.cuda.device_count()
-    every = (f"--trainer.devices={gpus}", f"--trainer.strategy={strategy}", "--data.batch_size=2")
-    fit("unbroken", *every, "--trainer.max_steps=10")
-    fit("all", *every, "--trainer.max_steps=6")
-    assert len(list(Path("all/checkpoints/last.ckpt").glob("*.distcp"))) == gpus
-    shutil.copytree("all", "one")
-    fit("all", *every, "--trainer.max_steps=10", "--ckpt_path=last")
-    one = ("--trainer.devices=1", f"--data.batch_size={2 * gpus}")
-    fit("one", *one, "--trainer.max_steps=10", "--ckpt_path=last")
-    unbroken = load_checkpoint("unbroken")
-    for run in ("all", "one"):
-        found = load_checkpoint(run)
-        moments = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (found, unbroken)]
-        for one, two in ((found["state_dict"], unbroken["state_dict"]), moments):
-            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *SHARES])
+def test_two_ranks_learn_what_one_learns_and_it_goes_on_from_either(strategy, workspace):
+    fit("one", "--trainer.max_steps=10")
+    sharded = f"--trainer.strategy={strategy}"
+    fit_on_two("two", sharded, "--trainer.max_steps=6")
+    shutil.copytree("two", "mixed")
+    fit_on_two("two", sharded, "--trainer.max_steps=10", "--ckpt_path=last")
+    fit("mixed", "--trainer.max_steps=10", "--ckpt_path=last")
+    if strategy in SHARES:
+        assert len(list(Path("two/checkpoints/last.ckpt").glob("*.distcp"))) == 2
+    expected = load_checkpoint("one")["state_dict"]
+    for run in ("two", "mixed"):
+        assert curve(run) == pytest.approx(curve("one"), rel=1e-3)
+        found = load_checkpoint(run)["state_dict"]
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=5e-3, msg=f"{run} {name}")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -78,3 +106,11 @@ def test_compiled_and_checkpointed_blocks(strategy, workspace):
     state = load_checkpoint("run")["state_dict"]
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert not any("_orig_mod" in name for name in state)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_two_ranks_in_bfloat16_with_compiled_blocks(strategy, workspace):
+    options = ("--model.compile_blocks=true", "--trainer.precision=bf16-mixed", "--trainer.max_steps=6")
+    fit("one", *options)
+    fit_on_two("two", *options, f"--trainer.strategy={strategy}")
+    assert curve("two") == pytest.approx(curve("one"), rel=0.03)
