@@ -19,15 +19,16 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.clip import Clip
+from data.codec.decode import decode_clip
 from data.datasets import ClipDataset, Stream, collate
-from data.decode import decode_clip
-from data.encoded import Encoding, encode_shards
+from data.encoded.precompute import Encoding, precompute_shards
 from data.order import SampleOrder
-from data.shards import Shards, write_shard
-from data.toy import toy_clip
-from data.workers import settle
+from data.shards.reader import Shards
+from data.shards.writer import write_shard
+from data.toy.world import toy_clip
+from data.workers import prepare_worker
 from encoders import build_encoder
-from encoders.vae import build_vae
+from encoders.vae.base import build_vae
 
 TOY = Clip(49, 48, 48, 24.0, 1.6)
 
@@ -122,7 +123,7 @@ def encoded(folder: Path, repeats: int, count: int = 64) -> None:
     def parts(batch: dict) -> dict:
         return {"features": encoder(batch["semantic_frames"]), "latents": vae.encode(batch["frames"])}
 
-    encode_shards(clips, [Encoding(folder / "encoded", {}, parts)], collate, batch_size=16, workers=0)
+    precompute_shards(clips, [Encoding(folder / "encoded", {}, parts)], collate, batch_size=16, workers=0)
     ready = ClipDataset(Shards(str(folder / "encoded" / "*.tar")), TOY)
     ways = {
         "encoded": lambda: [collate([ready[i] for i in range(s, s + 16)]) for s in range(0, count, 16)],
@@ -159,7 +160,9 @@ def memory(folder: Path, count: int) -> None:
     samples = [{"__key__": key, "mp4": mp4, "json": info} for key, mp4, info in rows]
     write_shard(folder / "memory.tar", [*samples, {"__key__": "film", "mp4": film(60), "json": {"caption": "a"}}])
     stream = Stream(ClipDataset(Shards(str(folder / "memory.tar")), TOY), seed=0, open_shards=1)
-    worker = DataLoader(Peaks(stream), batch_size=None, sampler=range(count), num_workers=1, worker_init_fn=settle)
+    worker = DataLoader(
+        Peaks(stream), batch_size=None, sampler=range(count), num_workers=1, worker_init_fn=prepare_worker
+    )
     peaks = list(tqdm(worker, desc="memory", total=count, leave=False))
     line(f"a worker's peak memory: after {count:,} samples over after a tenth", f"{peaks[-1] / peaks[count // 10]:.3f}")
 

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from encoders import ENCODERS, build_encoder
-from encoders.published import PublishedEncoder
+from encoders.published.base import PublishedEncoder
 
 FPS = 1.6
 SIZES = {"qwen": (480, 832)}  # others: their trained square

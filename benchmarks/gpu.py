@@ -33,12 +33,12 @@ from torch.utils.data import DataLoader
 
 from data.clip import Clip
 from encoders import build_encoder
-from encoders.vae import build_vae
-from lightning_semgen.callbacks import Throughput
+from encoders.vae.base import build_vae
+from lightning_semgen.callbacks.throughput import Throughput
 from lightning_semgen.cost import step_cost
-from lightning_semgen.plan import Setting, memory
-from lightning_semgen.stages import LatentStage
-from lightning_semgen.transformer import SIZES
+from lightning_semgen.model.sizes import SIZES
+from lightning_semgen.resources import Setting, memory
+from lightning_semgen.stages.latent import LatentStage
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -68,9 +68,13 @@ def tests() -> dict:
     with log.open("w") as file:
         subprocess.run([*command, *workers], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
     lines = log.read_text().splitlines()
-    outcomes = dict(re.findall(r"(?m)^\[gw\d+\].* (?:PASSED|FAILED) (\S+) *$", "\n".join(lines)) and [
-        (name, outcome) for outcome, name in re.findall(r"(?m)^\[gw\d+\].*? (PASSED|FAILED) (\S+)", "\n".join(lines))
-    ])
+    outcomes = dict(
+        re.findall(r"(?m)^\[gw\d+\].* (?:PASSED|FAILED) (\S+) *$", "\n".join(lines))
+        and [
+            (name, outcome)
+            for outcome, name in re.findall(r"(?m)^\[gw\d+\].*? (PASSED|FAILED) (\S+)", "\n".join(lines))
+        ]
+    )
     failed = [name for name, outcome in outcomes.items() if outcome == "FAILED"]
     return {"summary": lines[-1], "passed": len(outcomes) - len(failed), "failed": failed}
 
@@ -171,8 +175,15 @@ def fit(compiled: bool = False) -> dict:
     speed = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("speed/")}
     parts = memory(stage, Setting("auto", "bf16-mixed", 1, 1, 1, STEPS))
     activations = step_cost(stage, checkpoint_blocks=True, dtype=torch.bfloat16).activations
-    planned = {"planned memory_gb": (sum(parts.values()) + activations) / 1e9, "planned activations_gb": activations / 1e9}
-    return speed | planned | {"planned parts_gb": {n: v / 1e9 for n, v in parts.items()}, "waits": getattr(waits, "places", {})}
+    planned = {
+        "planned memory_gb": (sum(parts.values()) + activations) / 1e9,
+        "planned activations_gb": activations / 1e9,
+    }
+    return (
+        speed
+        | planned
+        | {"planned parts_gb": {n: v / 1e9 for n, v in parts.items()}, "waits": getattr(waits, "places", {})}
+    )
 
 
 def profile() -> dict:
@@ -180,16 +191,23 @@ def profile() -> dict:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    from lightning_semgen.transformer import Size, VideoTransformer
+    from lightning_semgen.model.sizes import Size
+    from lightning_semgen.model.transformer import VideoTransformer
 
     found = {}
     for compiled in (False, True):
         with torch.device(DEVICE):
-            network = VideoTransformer(16, 64, Size(1536, 4, 12, 8960) if GPU else Size(64, 2, 2, 128), checkpoint_blocks=True)
+            network = VideoTransformer(
+                16, 64, Size(1536, 4, 12, 8960) if GPU else Size(64, 2, 2, 128), checkpoint_blocks=True
+            )
         if compiled:
             network.compile(dynamic=False)
         shape = (1, 16, 31, 60, 104) if GPU else (1, 16, 3, 8, 8)
-        z, t, text = torch.randn(shape, device=DEVICE), torch.full((1,), 0.5, device=DEVICE), torch.randn(1, 96, 64, device=DEVICE)
+        z, t, text = (
+            torch.randn(shape, device=DEVICE),
+            torch.full((1,), 0.5, device=DEVICE),
+            torch.randn(1, 96, 64, device=DEVICE),
+        )
         seconds = tuple(k / 6 for k in range(shape[2]))
 
         def run():
@@ -202,7 +220,9 @@ def profile() -> dict:
             run()
             if GPU:
                 torch.cuda.synchronize()
-        table = prof.key_averages().table(sort_by="cuda_time_total" if GPU else "cpu_time_total", row_limit=45, max_name_column_width=90)
+        table = prof.key_averages().table(
+            sort_by="cuda_time_total" if GPU else "cpu_time_total", row_limit=45, max_name_column_width=90
+        )
         Path(os.environ["GPU_OUT"], f"profile_{compiled}.txt").write_text(table)
     return found
 
@@ -215,7 +235,9 @@ def compiled_fit() -> dict:
 def encoders() -> dict:
     """Frames per second of each family in bfloat16 with random weights: the semantic stream of four clips of 5 s."""
     names = ["vjepa2_large", "videomae2_base", "4ds_b", "qwen2_5_vl_3b"]
-    frames = torch.randint(0, 256, (4, 8, 3, 480, 832) if GPU else (1, 4, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
+    frames = torch.randint(
+        0, 256, (4, 8, 3, 480, 832) if GPU else (1, 4, 3, 224, 224), dtype=torch.uint8, device=DEVICE
+    )
     found = {}
     for name in names:
         options = {"dtype": "bfloat16"} if GPU else {"depth": 1} | ({"layer": 1} if name == "4ds_b" else {})

@@ -16,11 +16,12 @@ from lightning.pytorch import Callback
 from measuring import clock, faster, medians
 from torch.utils.data import DataLoader
 
+from data import random_numbers
 from data.clip import Clip
-from lightning_semgen import flow, keyed
-from lightning_semgen.board import RunLogger
-from lightning_semgen.callbacks import Progress
-from lightning_semgen.stages import LatentStage
+from lightning_semgen.callbacks.board import RunLogger
+from lightning_semgen.callbacks.progress import Progress
+from lightning_semgen.model import flow
+from lightning_semgen.stages.latent import LatentStage
 
 CLIP = Clip(num_frames=49, height=96, width=96, fps=24.0, semantic_fps=1.6)
 BATCH, SKIPPED = 2, 3  # clips; steps at the start that are not counted
@@ -55,7 +56,7 @@ class PlainLoop(Callback):
 
     def step(self, batch: dict) -> None:
         stage = self.stage
-        t = flow.logit_normal(keyed.normal(batch["key"], "time"), stage.shift)
+        t = flow.logit_normal(random_numbers.normal(batch["key"], "time"), stage.shift)
         prompt = stage.prompt(batch, stage.prompt_dropout)
         stage.flow_loss(stage.generator, stage.frozen.latents(batch), batch, t, prompt, None).mean().backward()
         self.optimiser.step()

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.checker import read_video
 from data.clip import Clip
-from data.decode import decode_clip
-from data.toy import toy_clip
+from data.codec.decode import decode_clip
+from data.toy.checker import read_video
+from data.toy.world import toy_clip
 from encoders import build_encoder
-from encoders.vae import build_vae
-from lightning_semgen.toy_parts import attribute_labels
+from encoders.vae.base import build_vae
+from lightning_semgen.stages.toy_parts import attribute_labels
 
 CLIP = Clip(num_frames=49, height=48, width=48, fps=24.0, semantic_fps=1.6)
 TRAIN, HELDOUT = 1600, 192

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from measuring import faster, medians, peak_memory, rounds
 
-from lightning_semgen.transformer import Size, VideoTransformer, size_of
+from lightning_semgen.model.sizes import Size, size_of
+from lightning_semgen.model.transformer import VideoTransformer
 
 NARROW = Size(dim=384, depth=8, heads=6, ffn_dim=1536)
 TEXT = (64, 512)  # tokens, channels

@@ -10,24 +10,25 @@ from torch import Tensor
 
 from data.clip import Clip
 from data.datasets import ClipDataset, collate
-from data.shards import Shards
-from lightning_semgen.keyed import key_of
-from lightning_semgen.metrics import Adherence
+from data.random_numbers import sample_key
+from data.shards.reader import Shards
+from lightning_semgen.evaluation.adherence import Adherence
 from lightning_semgen.runs import load_stage
-from lightning_semgen.stages import LatentStage, SemanticStage
-from lightning_semgen.video import glimpses
+from lightning_semgen.stages.latent import LatentStage
+from lightning_semgen.stages.semantic import SemanticStage
+from lightning_semgen.video.generated import previews
 
 
 def batches(shards: str, clip: Clip, count: int, size: int = 32) -> list[dict]:
     clips = ClipDataset(Shards(shards), clip)
-    rows = [clips[index] | {"key": key_of("validation", index)} for index in range(min(count, len(clips)))]
+    rows = [clips[index] | {"key": sample_key("validation", index)} for index in range(min(count, len(clips)))]
     return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def adherence(latent: LatentStage, clips: list[dict], z_sem: list[Tensor]) -> str:
     metric = Adherence()
     for batch, z in zip(clips, z_sem, strict=True):
-        metric.update(glimpses(latent.render(batch["caption"], batch["key"], z)), batch["info"])
+        metric.update(previews(latent.render(batch["caption"], batch["key"], z)), batch["info"])
     shares = metric.compute()
     return "  ".join(f"{name} {shares[name]:.3f}" for name in Adherence.names if name in shares)
 

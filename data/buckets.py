@@ -9,11 +9,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import ConcatDataset, Dataset
 
 from data.clip import Clip
+from data.codec.decode import TOLERANCE
 from data.datasets import ClipDataset, Stream
-from data.decode import TOLERANCE
-from data.shards import Shards
+from data.random_numbers import sample_key
+from data.shards.reader import Shards
 from lightning_semgen.errors import UserError
-from lightning_semgen.keyed import key_of
 
 EQUAL = 1e-6  # difference in waste that is rounding
 
@@ -55,7 +55,7 @@ def split_into(buckets: list[Clip], clips: ClipDataset) -> list[ClipDataset]:
             " add one of fewer frames."
         )
     return [
-        ClipDataset(clips.shards.only(indices), clip, clips.needs_video, clips.choice)
+        ClipDataset(clips.shards.only(indices), clip, clips.needs_video, clips.selection)
         for clip, indices in zip(buckets, members, strict=True)
         if indices
     ]
@@ -113,7 +113,7 @@ class BlockOrder:
         if self._epoch is None or self._epoch[0] != epoch:
             added = self._begun(epoch + 1) - self._begun(epoch)
             blocks = np.repeat(np.arange(len(self.counts)), added)
-            shuffled = np.random.default_rng(key_of(self.seed, epoch, "buckets")).permutation(blocks)
+            shuffled = np.random.default_rng(sample_key(self.seed, epoch, "buckets")).permutation(blocks)
             self._epoch = epoch, shuffled
         return self._epoch[1]
 

@@ -10,9 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from data.buckets import BucketStream, clips_of, split_into
-from data.choice import Choice
 from data.clip import Clip
-from data.cuts import CutClips, StretchEncoding, Stretches
 from data.datasets import (
     ClipDataset,
     FixedClips,
@@ -24,18 +22,14 @@ from data.datasets import (
     collate,
     read_prompts,
 )
-from data.encoded import (
-    Encoding,
-    all_ranks_finish,
-    check_fingerprint,
-    clips_at_once,
-    encode_shards,
-    encoded_paths,
-)
+from data.encoded.cuts import CutClips, StretchEncoding, Stretches
+from data.encoded.precompute import Encoding, all_ranks_finish, clips_at_once, precompute_shards
+from data.encoded.shards import check_fingerprint, encoded_paths
 from data.order import PositionBatches
-from data.shards import MAX_MEMBER_MB, Shards
-from data.toy_shards import TOY_HELDOUT, render_toy_world
-from data.workers import settle
+from data.selection import Selection
+from data.shards.reader import MAX_MEMBER_MB, Shards
+from data.toy.shards import TOY_HELDOUT, render_toy_world
+from data.workers import prepare_worker
 from lightning_semgen.errors import UserError
 
 
@@ -107,7 +101,7 @@ class VideoDataModule(LightningDataModule):
         self.shards = {"train": train_shards, "val": val_shards}
         self.clip = Clip(num_frames, height, width, fps, semantic_fps)
         self.buckets = clips_of(buckets or [], self.clip)
-        self.choice = Choice(clip_start, min_duration, min_fps)
+        self.selection = Selection(clip_start, min_duration, min_fps)
         self.max_bad_share, self.open_shards = max_bad_share, open_shards
         self.encoded = None if encoded is None else Path(encoded)
         self.encoded_seconds = {"train": encoded_seconds, "val": None}
@@ -174,7 +168,7 @@ class VideoDataModule(LightningDataModule):
             encodings = [data.encoding(split, stage, clips_at_once(self.clip, batch_size)) for data, stage in pairs]
             if (seconds := self.encoded_seconds[split]) is not None:
                 clips, batch_size = Stretches(clips, seconds), 1
-            encode_shards(
+            precompute_shards(
                 clips,
                 encodings,
                 collate,
@@ -198,7 +192,7 @@ class VideoDataModule(LightningDataModule):
     @property
     def _bounds(self) -> dict[str, float]:
         """Which videos are used at all."""
-        return {"min_duration": self.choice.min_duration, "min_fps": self.choice.min_fps}
+        return {"min_duration": self.selection.min_duration, "min_fps": self.selection.min_fps}
 
     def _check_same_clips(self, other: "VideoDataModule") -> None:
         for name, value in other._clip_options.items():
@@ -230,8 +224,8 @@ class VideoDataModule(LightningDataModule):
                 f"{split}: {shards.uncaptioned} samples without a caption are skipped, {len(shards)} are used."
             )
         if stretches:
-            return CutClips(shards, self.clip, self.choice, stage.frozen.cut_parts)
-        return ClipDataset(shards, self.clip, stage.needs_video, self.choice)
+            return CutClips(shards, self.clip, self.selection, stage.frozen.cut_parts)
+        return ClipDataset(shards, self.clip, stage.needs_video, self.selection)
 
     def _refuse_buckets(self, folder: Path) -> None:
         if self.buckets:
@@ -285,7 +279,7 @@ class VideoDataModule(LightningDataModule):
         return self._loader(rows, batch_size=self.batch_size, sampler=share)
 
     def _loader(self, dataset: Dataset, **options) -> DataLoader:
-        workers = {"num_workers": self.num_workers, "worker_init_fn": settle}
+        workers = {"num_workers": self.num_workers, "worker_init_fn": prepare_worker}
         return DataLoader(dataset, collate_fn=collate, **workers, **options)
 
     def _even_share(self, dataset: Dataset) -> range:

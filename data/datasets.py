@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.choice import Choice, chosen_caption
 from data.clip import Clip
-from data.decode import Rejected, decode_clip
-from data.encoded import PARTS, from_bytes
+from data.codec.decode import decode_clip
+from data.encoded.shards import PARTS, from_bytes
 from data.order import SampleOrder
-from data.shards import VIDEO_EXTENSIONS, Shards
-from data.sources import Video, find_videos
+from data.pack.sources import SourceVideo, find_videos
+from data.random_numbers import sample_key
+from data.rejected import Rejected
+from data.selection import Selection, select_caption
+from data.shards.reader import VIDEO_EXTENSIONS, Shards
 from lightning_semgen.errors import UserError
-from lightning_semgen.keyed import key_of
 
-ANY = Choice()
+ANY = Selection()
 
 
 class ClipDataset(Dataset):
@@ -32,8 +33,8 @@ class ClipDataset(Dataset):
     converting and sending them.
     """
 
-    def __init__(self, shards: Shards, clip: Clip, needs_video: bool = True, choice: Choice = ANY):
-        self.shards, self.clip, self.needs_video, self.choice = shards, clip, needs_video, choice
+    def __init__(self, shards: Shards, clip: Clip, needs_video: bool = True, selection: Selection = ANY):
+        self.shards, self.clip, self.needs_video, self.selection = shards, clip, needs_video, selection
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -61,7 +62,7 @@ class ClipDataset(Dataset):
 
     def _frames(self, members: dict, info: dict, key: int | None) -> dict[str, Tensor]:
         video = video_of(members)
-        return self.streams(video, self.clip, self.choice.begin(video, info, self.clip, key))
+        return self.streams(video, self.clip, self.selection.begin(video, info, self.clip, key))
 
     def streams(self, video: bytes, clip: Clip, begin: float) -> dict[str, Tensor]:
         """The frames of a clip that begins at that second."""
@@ -86,7 +87,7 @@ class Stream(Dataset):
 
     def sample(self, place: int, position: int) -> dict:
         """What is at a place of the order, as it is delivered at a position."""
-        key = key_of(self.seed, position)
+        key = sample_key(self.seed, position)
         order = map(self.order, range(place, place + len(self.clips)))
         sample, rejected = self.clips.first_usable(order, key)
         return sample | {"position": position, "key": key, "rejected": rejected}
@@ -106,7 +107,7 @@ class FixedClips(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         sample, _ = self.clips.first_usable((index + step) % len(self) for step in range(len(self)))
-        return sample | {"position": index, "key": key_of("validation", index)}
+        return sample | {"position": index, "key": sample_key("validation", index)}
 
 
 class Prompts(Dataset):
@@ -120,7 +121,7 @@ class Prompts(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         info, seed = self.rows[index]
-        key = key_of("sample", seed, info["caption"])
+        key = sample_key("sample", seed, info["caption"])
         return {"caption": info["caption"], "info": info, "seed": seed, "number": index, "key": key}
 
 
@@ -165,7 +166,7 @@ class Repeated(Dataset):
         return self.rows[index % len(self.rows)] | {"repeated": index >= len(self.rows)}
 
 
-def own_prompt(video: Video) -> dict:
+def own_prompt(video: SourceVideo) -> dict:
     return video.info | {"caption": str(video.info.get("caption") or "")}
 
 
@@ -187,7 +188,7 @@ def video_of(members: dict) -> bytes:
 
 def caption_of(members: dict, key: int | None = None) -> dict:
     info = json.loads(members["json"])
-    return {"caption": chosen_caption(info, key), "info": info, "sample": members["__key__"]}
+    return {"caption": select_caption(info, key), "info": info, "sample": members["__key__"]}
 
 
 def captions(shards: Shards) -> list[dict]:

@@ -6,7 +6,7 @@ from signal import SIG_BLOCK, SIGTERM, SIGUSR1, pthread_sigmask, sigwaitinfo
 from threading import Thread
 
 
-def settle(worker: int) -> None:
+def prepare_worker(worker: int) -> None:
     """Keeps a worker's memory flat, and the worker itself until its parent ends it.
 
     PyAV's filter graphs are cycles, which only the collector of old objects frees, and that runs when their number has

@@ -8,8 +8,8 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_warn
 
 from encoders.base import FrozenEncoder, on_meta
-from encoders.checkpoint import INDEX, Checkpoint, open_checkpoint
-from encoders.published import Spec
+from encoders.published.base import Spec
+from encoders.published.checkpoint import INDEX, Checkpoint, open_checkpoint
 from lightning_semgen.errors import UserError
 
 WEIGHTS = Path(__file__).parent / "weights"  # of the embedded parts
@@ -47,17 +47,21 @@ class Row:
 
 
 QWEN = {
-    "adapter": "encoders.qwen2_5_vl:Qwen2_5_VL",
+    "adapter": "encoders.published.qwen2_5_vl:Qwen2_5_VL",
     "files": ("config.json", "preprocessor_config.json", INDEX),
     "download_size": "under 1 MB; it names the files with the vision tower, which are then asked for",
 }
-VJEPA2 = {"adapter": "encoders.vjepa2:VJEPA2", "licence": "MIT", "files": ("config.json", "model.safetensors")}
+VJEPA2 = {
+    "adapter": "encoders.published.vjepa2:VJEPA2",
+    "licence": "MIT",
+    "files": ("config.json", "model.safetensors"),
+}
 VIDEOMAE2 = {
-    "adapter": "encoders.videomae2:VideoMAE2",
+    "adapter": "encoders.published.videomae2:VideoMAE2",
     "licence": "non-commercial (CC-BY-NC-4.0)",
     "files": ("config.json", "model.safetensors"),
 }
-FOURDS = {"adapter": "encoders.fourds:FourDS", "licence": "CC-BY-4.0"}
+FOURDS = {"adapter": "encoders.published.fourds:FourDS", "licence": "CC-BY-4.0"}
 FOURDS_URL = "https://storage.googleapis.com/representations4d/checkpoints"
 
 
@@ -156,8 +160,10 @@ ENCODERS: dict[str, Row | None] = {
         run=False,
         **FOURDS,
     ),
-    "mobilenet_v2": Row("encoders.mobilenet_v2:MobileNetV2", "mobilenet_v2_100_224_deq.safetensors", "Apache-2.0"),
-    "timm/<model>": Row("encoders.timm_image:TimmEncoder", None, "that of the model"),
+    "mobilenet_v2": Row(
+        "encoders.published.mobilenet_v2:MobileNetV2", "mobilenet_v2_100_224_deq.safetensors", "Apache-2.0"
+    ),
+    "timm/<model>": Row("encoders.published.timm_image:TimmEncoder", None, "that of the model"),
 }
 
 

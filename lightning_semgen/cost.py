@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from data.clip import Clip
-from lightning_semgen.stage import Stage
-from lightning_semgen.stages import LatentStage
-from lightning_semgen.transformer import VideoTransformer
+from lightning_semgen.model.transformer import VideoTransformer
+from lightning_semgen.stages.base import Stage
+from lightning_semgen.stages.latent import LatentStage
 
 aten = torch.ops.aten
 FORMULAS = flop_registry | {  # which knows attention on CUDA alone

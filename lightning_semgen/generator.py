@@ -1,41 +1,16 @@
 """Trained runs as a function from prompts to videos."""
 
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 import yaml
 from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor
 
 from data.datasets import Prompts, References, collate
-from data.mp4 import write_mp4
 from lightning_semgen.errors import UserError
 from lightning_semgen.runs import CONFIG, load_stage
-from lightning_semgen.stages import LatentStage
-from lightning_semgen.video import Video
-
-
-@dataclass(frozen=True)
-class GeneratedVideo:
-    """A video and what it was generated from."""
-
-    video: Video
-    fps: float
-    prompt: str
-    seed: int
-
-    @cached_property
-    def frames(self) -> Tensor:
-        """uint8 (T, 3, H, W) on the CPU."""
-        return torch.cat([chunk.cpu() for chunk in self.video])
-
-    def save(self, path: str | Path) -> None:
-        """Writes an mp4 that carries prompt and seed, chunk by chunk as the video is decoded."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        told = {"title": self.prompt, "comment": f"seed={self.seed}"}
-        write_mp4(self.video, path, self.fps, told, growing=True)
+from lightning_semgen.stages.latent import LatentStage
+from lightning_semgen.video.generated import GeneratedVideo
 
 
 class Generator:

@@ -3,7 +3,6 @@
 A checkpoint is a file or, where each rank saved its share, a folder of torch.distributed.checkpoint.
 """
 
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,18 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from data.clip import Clip
 from data.datamodule import VideoDataModule
 from lightning_semgen.errors import UserError
+from lightning_semgen.training.checkpoints import consolidated, is_checkpoint
 
 CONFIG, LAST = "config.yaml", Path("checkpoints") / "last.ckpt"
-FACTS = "meta.pt"  # of a folder: what Lightning puts beside weights and optimiser
 
 
 def run_folder(config: Path) -> Path:
     """Where the run of a config file is: its own folder if it was saved there by a fit, else runs/<its name>."""
     return config.parent if config.name == CONFIG else Path("runs") / config.stem
-
-
-def is_checkpoint(path: Path) -> bool:
-    return path.is_file() or (path / FACTS).is_file()
 
 
 def last_checkpoint(run: str | Path) -> Path:
@@ -53,24 +44,6 @@ def load_checkpoint(run: str | Path, parts: set[str] | None = None) -> dict[str,
     if path.is_file():
         return torch.load(path, map_location="cpu", weights_only=True, mmap=parts is not None)
     return consolidated(path, parts)
-
-
-def consolidated(folder: Path, parts: set[str] | None = None) -> dict[str, Any]:
-    """A checkpoint that is a folder, as if it had been one file."""
-    found: dict[str, Any] = {}
-    names = parts and parts | {"model" + part.removeprefix("state_dict") for part in parts}  # as under fsdp
-    planner = _EmptyStateDictLoadPlanner(keys=names)
-    _load_state_dict(found, FileSystemReader(folder), planner=planner, no_dist=True)
-    found["state_dict"] = found.pop("state_dict", None) or found.pop("model", {})
-    optimizers = [found.pop(name) for name in sorted(found) if name.startswith("optimizer_")]
-    return checkpoint_facts(folder) | found | ({"optimizer_states": optimizers} if optimizers else {})
-
-
-def checkpoint_facts(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside weights and optimiser; those of a file come as tensors without content."""
-    if path.is_dir():
-        return torch.load(path / FACTS, map_location="cpu", weights_only=True)
-    return torch.load(path, map_location="meta", weights_only=True)
 
 
 def link_clip(parser: ArgumentParser) -> None:
@@ -123,45 +96,6 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.fast_dev_run and self._last_global_step_saved != trainer.global_step:
             trainer.save_checkpoint(Path(self.dirpath) / LAST.name, weights_only=False)
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint is whole or not there: written beside its place, then renamed. Folders are read too."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        super().save_checkpoint(checkpoint, partial(path), storage_options)
-        replace(path)
-
-    def load_checkpoint(self, path: str | Path, *args, **kwargs) -> dict[str, Any]:
-        if Path(path).is_dir():
-            return consolidated(Path(path))
-        return super().load_checkpoint(path, *args, **kwargs)
-
-
-def partial(path: str | Path) -> Path:
-    """Where the checkpoint of that path is written to."""
-    return Path(path).with_name(Path(path).name + ".partial")
-
-
-def replace(path: str | Path) -> None:
-    """Puts what was written in its place; where a folder comes or goes, what was there is first moved aside."""
-    path = Path(path)
-    if partial(path).is_file() and not path.is_dir():
-        partial(path).replace(path)
-        return
-    before = path.with_name(path.name + ".before")
-    remove(before)
-    if path.exists():
-        path.rename(before)
-    partial(path).rename(path)
-    remove(before)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 class SaveRunConfig(SaveConfigCallback):

@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
 from data.clip import Clip  # noqa: E402
-from data.toy_shards import render_toy_world  # noqa: E402
+from data.toy.shards import render_toy_world  # noqa: E402
 from lightning_semgen.cli import main  # noqa: E402
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -23,7 +23,7 @@ LONG = Clip(241, 48, 48, 4.0, 0.2666667)  # of configs/long.yaml
 
 @pytest.fixture(autouse=True)
 def few_clips_are_measured(monkeypatch):
-    monkeypatch.setattr("lightning_semgen.semantics.MEASURED_CLIPS", 16)
+    monkeypatch.setattr("lightning_semgen.stages.semantic_space.MEASURED_CLIPS", 16)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def fitted(shards, tmp_path_factory) -> Path:
     """A folder with runs/dim8 and runs/latent_dim8, two steps each."""
     folder = see(shards, tmp_path_factory.mktemp("fitted"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_semgen.semantics.MEASURED_CLIPS", 16)
+        patch.setattr("lightning_semgen.stages.semantic_space.MEASURED_CLIPS", 16)
         patch.chdir(folder)
         for name in ("dim8", "latent_dim8"):
             patch.setattr(sys, "argv", ["lightning", "fit", "-c", f"{CONFIGS}/{name}.yaml", *FIT, *SMALL])
@@ -248,7 +248,7 @@ def test_missing_shards(workspace, fails):
 
 
 def test_no_caption_in_any_sample(workspace, fails):
-    from data.shards import write_shard
+    from data.shards.writer import write_shard
 
     write_shard(workspace / "mute.tar", [{"__key__": "a", "mp4": b"", "json": {}}])
     said = fails("fit", "-c", f"{CONFIGS}/dim8.yaml", "--data.train_shards=mute.tar")

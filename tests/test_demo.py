@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import CONFIGS
 
-from data.toy import SHAPES
+from data.toy.world import SHAPES
 
 
 @pytest.mark.slow

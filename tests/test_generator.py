@@ -13,14 +13,14 @@ from conftest import CLIP, CONFIGS, SMALL
 from PIL import Image
 from safetensors import safe_open
 
+from data.codec.decode import decode_clip
+from data.codec.mp4 import write_mp4
 from data.datasets import References
-from data.decode import decode_clip
-from data.mp4 import write_mp4
-from data.toy import toy_clip
+from data.toy.world import toy_clip
 from lightning_semgen import Generator
-from lightning_semgen.cli import run
 from lightning_semgen.errors import UserError
 from lightning_semgen.runs import last_checkpoint, load_checkpoint
+from lightning_semgen.trainer_cli import run
 
 PREDICT = ("predict", "-c", "runs/latent_dim8/config.yaml")
 

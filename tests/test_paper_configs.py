@@ -7,8 +7,8 @@ from conftest import CONFIGS, save_text_encoder
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_semgen.cli import run
-from lightning_semgen.transformer import SIZES
+from lightning_semgen.model.sizes import SIZES
+from lightning_semgen.trainer_cli import run
 
 PAPER = sorted((CONFIGS / "paper").glob("*.yaml"))
 RANDOM = ("--model.encoder_options.weights=random", "--trainer.strategy=auto")

@@ -28,7 +28,9 @@ def start(run: str, *args: str, environment: dict[str, str] | None = None) -> su
         f"--trainer.default_root_dir={run}", "--trainer.accelerator=gpu", "--model.compressor_steps=4",
         "--trainer.gradient_clip_val=1.0", "--trainer.log_every_n_steps=1", *args,
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": f"{CONFIGS.parent}:{os.environ.get('PYTHONPATH', '')}"} | (environment or {})
+    environment = (
+        os.environ | {"PYTHONPATH": f"{CONFIGS.parent}:{os.environ.get('PYTHONPATH', '')}"} | (environment or {})
+    )
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -64,7 +66,10 @@ def curve(run: str) -> list[float]:
     return [event.value for event in EventAccumulator(run).Reload().Scalars("train/flow_loss")]
 
 
-HALF = [(strategy, "bf16-mixed") for strategy in (*STRATEGIES, *SHARES)] + [("fsdp", "bf16-true"), ("fsdp2", "bf16-true")]
+HALF = [(strategy, "bf16-mixed") for strategy in (*STRATEGIES, *SHARES)] + [
+    ("fsdp", "bf16-true"),
+    ("fsdp2", "bf16-true"),
+]
 
 
 @pytest.mark.parametrize(("strategy", "precision"), HALF)

@@ -1,0 +1,117 @@
+"""What a validation shows in TensorBoard: a few clips as every part sees them, and the channels of semantics."""
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_semgen.callbacks.board import writers
+from lightning_semgen.errors import UserError
+from lightning_semgen.evaluation.adherence import Adherence
+from lightning_semgen.stages.base import Stage
+from lightning_semgen.stages.latent import LatentStage
+from lightning_semgen.stages.semantic import SemanticStage
+from lightning_semgen.video.generated import PREVIEW_FRAMES, LatentVideo, previews
+from lightning_semgen.video.pictures import add_animation, animated_table, evenly
+from lightning_semgen.video.principal_components import pca_colours
+
+COUNTED, SHOWN = 8, 4  # clips of a validation: for which each rank generates, rows of a picture
+ACTIVE = 0.01  # nats per token, below which a channel tells next to nothing
+REAL, GENERATED, NONE = "real semantics", "generated semantics", "the prompt alone"
+
+Columns = dict[str, Tensor]  # uint8 videos (B, T, 3, H, W) by title
+
+
+class Gallery(Callback):
+    """Pictures of the first clips, whether what is generated for them adheres to their prompts, and the channels.
+
+    Every rank generates, since sharded networks need them all; the first one's clips are shown, all ranks' counted.
+    """
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx or trainer.sanity_checking or not isinstance(stage, Stage):
+            return
+        batch = {name: values[:COUNTED] for name, values in batch.items()}
+        with trainer.precision_plugin.forward_context():  # as in validation and predict
+            shown = pictures(stage, batch)
+        for name, columns in shown.items():
+            for title in columns.keys() & {f"on {GENERATED}", f"on {NONE}"}:
+                stage.adherence.update(columns[title], batch["info"])
+            for writer in writers(trainer):
+                rows = {title: videos[:SHOWN] for title, videos in columns.items()}
+                gif = animated_table(rows, batch["caption"][:SHOWN], stage.clip.num_frames / stage.clip.fps)
+                add_animation(writer, f"gallery/{name}", gif, trainer.global_step)
+
+    def on_validation_epoch_end(self, trainer: Trainer, stage: Stage) -> None:
+        if trainer.sanity_checking or not isinstance(stage, Stage):
+            return
+        if stage.adherence.update_called:
+            shares = stage.adherence.compute()
+            stage.log_dict({f"adherence/{n}": shares[n] for n in Adherence.names if n in shares}, sync_dist=True)
+            stage.adherence.reset()
+        if stage.channel_statistics is not None:
+            self.show_channels(trainer, stage, stage.channel_statistics.compute())
+            stage.channel_statistics.reset()
+
+    def show_channels(self, trainer: Trainer, stage: Stage, channels: dict[str, Tensor]) -> None:
+        """Histograms over channels, and the channels at either end as curves."""
+        has_posterior = stage.space.compressor.dim is not None
+        values = {
+            "mean farthest from 0": channels["mean"].abs().max(),
+            "smallest std": channels["std"].min(),
+            "largest std": channels["std"].max(),
+        }
+        if has_posterior:
+            values["active channels"] = (channels["KL"] > ACTIVE).sum().float()
+        stage.log_dict({f"z_sem/{name}": value for name, value in values.items()}, sync_dist=True)
+        for writer in writers(trainer):
+            for name in ("mean", "std", "KL") if has_posterior else ("mean", "std"):
+                writer.add_histogram(f"z_sem/{name} of each channel", channels[name], trainer.global_step)
+
+
+@torch.no_grad()
+def pictures(stage: Stage, batch: dict) -> dict[str, Columns]:
+    """The pictures of a validation batch, as far as the batch holds and the other stage's run makes them."""
+    semantic, latent = both_stages(stage)
+    z_sem = semantics(stage, semantic, batch)
+    clips = originals(latent, batch)
+    shown = {}
+    if latent is not None:
+        made = {f"on {name}": previews(latent.render(batch["caption"], batch["key"], z)) for name, z in z_sem.items()}
+        shown["videos"] = clips | made
+    if stage.space is not None:
+        colours = pca_colours(torch.stack(list(z_sem.values())))  # one projection, so that colours compare
+        features = {} if "moments" in batch else {"features": pca_colours(stage.space.features(batch))}
+        shown["semantics"] = clips | features | dict(zip(z_sem, colours, strict=True))
+    return shown
+
+
+def both_stages(stage: Stage) -> tuple[SemanticStage | None, LatentStage | None]:
+    """This stage and, once it is trained, its partner."""
+    partner = None
+    try:
+        partner = stage.partner if stage.partner_run and stage.can_make_videos() else None
+    except UserError as error:
+        rank_zero_warn(f"The other stage's pictures are not shown: {error}")
+    return (stage, partner) if isinstance(stage, SemanticStage) else (partner, stage)
+
+
+def semantics(stage: Stage, semantic: SemanticStage | None, batch: dict) -> dict[str, Tensor | None]:
+    """z_sem (B, T', H', W', d) of the clips and those generated for their prompts."""
+    if stage.space is None:
+        return {NONE: None}
+    found = {REAL: stage.space(batch)}
+    if semantic is not None:
+        found[GENERATED] = semantic.sample_semantics(batch["caption"], batch["key"])
+    return found
+
+
+def originals(latent: LatentStage | None, batch: dict) -> Columns:
+    """The clips and the VAE's reconstruction of them; encoded shards hold no frames."""
+    frames = batch.get("frames", batch.get("semantic_frames"))
+    clips = {} if frames is None else {"video": evenly(frames, min(frames.shape[1], PREVIEW_FRAMES))}
+    if latent is not None and ("latents" in batch or "frames" in batch):
+        clips["VAE reconstruction"] = previews([LatentVideo(z, latent.vae) for z in latent.frozen.latents(batch)])
+    return clips

@@ -1,0 +1,16 @@
+"""The LightningModules that are trained.
+
+base.py            what both stages share
+semantic.py        the semantic stage: prompt to semantics
+latent.py          the latent stage: prompt and semantics to latents
+frozen_parts.py    the frozen encoder, VAE and text encoder of a stage
+semantic_space.py  frozen encoder and compressor: a batch to semantics
+toy_parts.py       training of the embedded encoder and VAE
+
+config.yaml files name the stages as `lightning_semgen.stages.SemanticStage` and `lightning_semgen.stages.LatentStage`.
+"""
+
+from lightning_semgen.stages.latent import LatentStage
+from lightning_semgen.stages.semantic import SemanticStage
+
+__all__ = ["LatentStage", "SemanticStage"]

@@ -1,0 +1,79 @@
+"""The semantic stage: prompts to semantics (SemanticGen §3.3)."""
+
+from einops import rearrange
+from torch import Tensor
+
+from data.clip import Clip
+from lightning_semgen.errors import UserError
+from lightning_semgen.model import flow
+from lightning_semgen.model.compressor import FeatureDecoder
+from lightning_semgen.stages.base import Stage
+from lightning_semgen.video.generated import LatentVideo
+
+
+class SemanticStage(Stage):
+    """The compressor and the semantic generator (SemanticGen §3.3): prompt → semantics.
+
+    Args:
+        latent_run: run of the latent stage that shows the semantics as videos; null: the run of the compressor.
+        shift: of the flow's times towards noise; null: by the number of values of the nominal clip's semantics.
+        absolute_time: whether the generator is told when in the clip a token is, which Wan's network is not: its rotary
+            positions are relative and its text has none, so nothing but the clip's ends tells one scene from another.
+    """
+
+    partner_option = "--model.latent_run"
+
+    def __init__(
+        self, latent_run: str | None = None, shift: float | None = None, absolute_time: bool = False, **options
+    ):
+        super().__init__(**options)
+        if self.space is None:
+            raise UserError("SemanticStage generates an encoder's features: model.encoder cannot be none.")
+        self.partner_run = latent_run or self.space.run
+        self.given_shift = shift
+        self.seconds, self.shift = self.seconds_of(self.clip), self.shift_of(self.clip)
+        self.build_generator(self.space.channels, patch=(1, 1, 1), absolute_time=absolute_time)
+        if self.learns_compressor and self.space.compressor.dim is not None:
+            self.feature_decoder = FeatureDecoder(self.space.channels, self.space.encoder.dim)
+
+    def seconds_of(self, clip: Clip) -> tuple[float, ...]:
+        return self.space.grid_of(clip).seconds
+
+    def shift_of(self, clip: Clip) -> float:
+        return self.given_shift or flow.dimension_shift(len(self.space.grid_of(clip)) * self.space.channels)
+
+    def losses(self, batch: dict, t: Tensor, prompt: Tensor) -> dict[str, Tensor]:
+        if self.learns_compressor:
+            batch = batch | {"features": self.space.features(batch)}  # which the compressor's teacher looks at too
+        z_sem, posterior = self.space.sample(batch)
+        losses = {"flow_loss": self.flow_loss(self.generator, channels_first(z_sem.detach()), batch, t, prompt, None)}
+        if not self.learns_compressor:
+            return losses
+        if self.space.compressor.dim is not None:
+            losses["reconstruction"] = self.feature_decoder(posterior.z, batch["features"])
+        return losses | {"kl": self.kl(posterior)}
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        z_sem, t = channels_first(self.validation_semantics(batch)), self.validation_times(batch)
+        losses = self.flow_loss(self.ema, z_sem, batch, t, self.prompt(batch), None)
+        self.log("val/flow_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
+
+    def sample_semantics(self, captions: list[str], keys: Tensor) -> Tensor:
+        """z_sem (B, T', H', W', d) for prompts."""
+        grid = self.space.grid
+        shape = (self.space.channels, len(grid.seconds), grid.height, grid.width)
+        without = [([""] * len(captions), None, self.guidance_scale)] if self.guidance_scale != 1 else []
+        return rearrange(self.sample(shape, captions, keys, None, without), "b d t h w -> b t h w d")
+
+    def videos(self, captions: list[str], keys: Tensor) -> list[LatentVideo]:
+        return self.partner.render(captions, keys, self.sample_semantics(captions, keys))
+
+    def predict_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
+        if "reference" in batch:
+            return {"semantics": self.reference_semantics(batch)}
+        return {"semantics": self.sample_semantics(batch["caption"], batch["key"])}
+
+
+def channels_first(z_sem: Tensor) -> Tensor:
+    """(B, T', H', W', d) to (B, d, T', H', W')."""
+    return rearrange(z_sem, "b t h w d -> b d t h w")
