@@ -18,10 +18,12 @@ from measuring import faster, medians, rounds
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data.batch import collate
 from data.clip import Clip
 from data.codec.decode import decode_clip
-from data.datasets import ClipDataset, Stream, collate
-from data.encoded.precompute import Encoding, precompute_shards
+from data.datasets import ClipDataset, Stream
+from data.encoded.encoding import Encoding
+from data.encoded.precompute import precompute_shards
 from data.order import SampleOrder
 from data.shards.reader import Shards
 from data.shards.writer import write_shard
@@ -123,7 +125,7 @@ def encoded(folder: Path, repeats: int, count: int = 64) -> None:
     def parts(batch: dict) -> dict:
         return {"features": encoder(batch["semantic_frames"]), "latents": vae.encode(batch["frames"])}
 
-    precompute_shards(clips, [Encoding(folder / "encoded", {}, parts)], collate, batch_size=16, workers=0)
+    precompute_shards(clips, [Encoding(folder / "encoded", {}, parts)], batch_size=16, workers=0)
     ready = ClipDataset(Shards(str(folder / "encoded" / "*.tar")), TOY)
     ways = {
         "encoded": lambda: [collate([ready[i] for i in range(s, s + 16)]) for s in range(0, count, 16)],

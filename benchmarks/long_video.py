@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from measuring import faster, medians, peak_memory, rounds
 
-from lightning_semgen.model.condition import SemanticTokens
+from lightning_semgen.model.condition import Condition, SemanticTokens
 from lightning_semgen.model.positions import Grid
 from lightning_semgen.model.sizes import Size, size_of
 from lightning_semgen.model.transformer import VideoTransformer
@@ -26,8 +26,11 @@ def inputs(seconds: int, cells: list[int], device: str, dtype: torch.dtype) -> t
     times = tuple(4 * k / 24 for k in range(6 * seconds + 1))
     grid = Grid(tuple(1.25 * k + 0.625 for k in range(int(seconds / 1.25))), cells[0] // 4, cells[1] // 4)
     make = partial(torch.randn, device=device, dtype=dtype)
-    semantics = SemanticTokens(make(1, len(grid.seconds), grid.height, grid.width, 8), torch.zeros(1, device=device), grid)
-    return make(1, 16, len(times), *cells), torch.full((1,), 0.5, device=device), make(1, 64, 128), times, semantics
+    semantics = SemanticTokens(
+        make(1, len(grid.seconds), grid.height, grid.width, 8), torch.zeros(1, device=device), grid
+    )
+    condition = Condition(make(1, 64, 128), semantics)
+    return make(1, 16, len(times), *cells), torch.full((1,), 0.5, device=device), condition, times
 
 
 def training_step(network: VideoTransformer, arguments: tuple, window_seconds: float | None) -> None:

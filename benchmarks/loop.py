@@ -21,6 +21,7 @@ from data.clip import Clip
 from lightning_semgen.callbacks.board import RunLogger
 from lightning_semgen.callbacks.progress import Progress
 from lightning_semgen.model import flow
+from lightning_semgen.model.condition import Condition
 from lightning_semgen.stages.latent import LatentStage
 
 CLIP = Clip(num_frames=49, height=96, width=96, fps=24.0, semantic_fps=1.6)
@@ -57,8 +58,8 @@ class PlainLoop(Callback):
     def step(self, batch: dict) -> None:
         stage = self.stage
         t = flow.logit_normal(random_numbers.normal(batch["key"], "time"), stage.shift)
-        prompt = stage.prompt(batch, stage.prompt_dropout)
-        stage.flow_loss(stage.generator, stage.frozen.latents(batch), batch, t, prompt, None).mean().backward()
+        condition = Condition(stage.frozen.prompt(batch, stage.prompt_dropout))
+        stage.flow_loss(stage.generator, stage.frozen.latents(batch), batch, t, condition).mean().backward()
         self.optimiser.step()
         self.optimiser.zero_grad()
         with torch.no_grad():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from measuring import faster, medians, peak_memory, rounds
 
+from lightning_semgen.model.condition import Condition
 from lightning_semgen.model.sizes import Size, size_of
 from lightning_semgen.model.transformer import VideoTransformer
 
@@ -63,7 +64,7 @@ def compare(
 
     predictions = {
         "diffusers": (wan, lambda: wan(z, t * 1000, text, return_dict=False)[0]),
-        "ours": (ours, lambda: ours(z, t, text, seconds)),
+        "ours": (ours, lambda: ours(z, t, Condition(text), seconds)),
     }
     steps = {
         name: partial(step, network, torch.optim.AdamW(network.parameters(), fused=True), predict)

@@ -8,8 +8,9 @@ import argparse
 import torch
 from torch import Tensor
 
+from data.batch import collate
 from data.clip import Clip
-from data.datasets import ClipDataset, collate
+from data.datasets import ClipDataset
 from data.random_numbers import sample_key
 from data.shards.reader import Shards
 from lightning_semgen.evaluation.adherence import Adherence

@@ -1,30 +1,23 @@
 """The data module: shards to batches, on any number of ranks and workers; its state is one integer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
+from data.batch import collate
 from data.buckets import BucketStream, clips_of, split_into
 from data.clip import Clip
-from data.datasets import (
-    ClipDataset,
-    FixedClips,
-    Prompts,
-    References,
-    Repeated,
-    Stream,
-    captions,
-    collate,
-    read_prompts,
-)
-from data.encoded.cuts import CutClips, StretchEncoding, Stretches
-from data.encoded.precompute import Encoding, all_ranks_finish, clips_at_once, precompute_shards
+from data.datasets import ClipDataset, FixedClips, Prompts, References, Repeated, Stream, captions, read_prompts
+from data.encoded.cuts import CutClips
+from data.encoded.options import EncodedOptions
+from data.encoded.precompute import precompute
 from data.encoded.shards import check_fingerprint, encoded_paths
+from data.interface import ClipModel
 from data.order import PositionBatches
 from data.selection import Selection
 from data.shards.reader import MAX_MEMBER_MB, Shards
@@ -104,7 +97,9 @@ class VideoDataModule(LightningDataModule):
         self.selection = Selection(clip_start, min_duration, min_fps)
         self.max_bad_share, self.open_shards = max_bad_share, open_shards
         self.encoded = None if encoded is None else Path(encoded)
-        self.encoded_seconds = {"train": encoded_seconds, "val": None}
+        seconds = {"train": encoded_seconds, "val": None}
+        self.encoded_options = EncodedOptions(self.encoded, seconds, self.clip, self.selection)
+        self.encoded_options.check_room()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.prompts, self.reference, self.samples_per_prompt = prompts, reference, samples_per_prompt
         self.toy_clips, self.toy_scenes = toy_clips, toy_scenes
@@ -112,19 +107,10 @@ class VideoDataModule(LightningDataModule):
         self.delivered = 0
         if self.encoded is not None:
             self._refuse_buckets(self.encoded)
-        if encoded_seconds is not None:
-            self._check_room(encoded_seconds)
 
-    def _check_room(self, seconds: float) -> None:
-        """UserError where encoded shards of so many seconds would have one start."""
-        clip = self.clip
-        apart = clip.period / clip.fps
-        if not seconds >= (least := clip.duration + apart):
-            raise UserError(
-                f"data.encoded_seconds is {seconds:g}, which has room for one clip of {clip.duration:g} s alone: whole"
-                f" latents and semantic steps begin together every {apart:g} s. Give {least:g} or more, or null for one"
-                " clip of each video."
-            )
+    @property
+    def model(self) -> ClipModel:
+        return self.trainer.lightning_module
 
     # What has to be there before training
 
@@ -137,95 +123,45 @@ class VideoDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if self.encoded is not None and stage in ("fit", "validate"):
-            self.encode()
+            precompute([(self, self.model)], self.trainer.global_rank, self.trainer.world_size)
         for clip in self.buckets if stage == "fit" else []:
             self._check(clip)
 
     def _check(self, bucket: Clip) -> None:
-        module = self.trainer.lightning_module
-        if not hasattr(module, "check_clip"):
-            raise UserError(f"data.buckets is not for {type(module).__name__}: set it to null.")
+        if not hasattr(self.model, "check_clip"):
+            raise UserError(f"data.buckets is not for {type(self.model).__name__}: set it to null.")
         try:
-            module.check_clip(bucket)
+            self.model.check_clip(bucket)
         except UserError as error:
             shape = [bucket.height, bucket.width, bucket.num_frames]
             raise UserError(f"data.buckets holds {shape}, which this stage cannot be trained on. {error}") from error
 
-    @all_ranks_finish()
-    def encode(self, others: Sequence[tuple["VideoDataModule", LightningModule]] = ()) -> None:
-        """Runs the stage's frozen parts over all shards that have not been encoded yet, each rank over its share.
-
-        Those of `others`, data modules of the same clips and their stages, see the clips in the same pass. UserError
-        where the clips are not the same.
-        """
-        pairs = [(self, self.trainer.lightning_module), *others]
-        for data, stage in pairs:
-            self._check_same_clips(data)
-            stage.load_compressor()
-        for split in self.shards:
-            clips, batch_size = self._clips(split, encoded=False), min(data.batch_size for data, _ in pairs)
-            clips.needs_video = any(stage.needs_video for _, stage in pairs)
-            encodings = [data.encoding(split, stage, clips_at_once(self.clip, batch_size)) for data, stage in pairs]
-            if (seconds := self.encoded_seconds[split]) is not None:
-                clips, batch_size = Stretches(clips, seconds), 1
-            precompute_shards(
-                clips,
-                encodings,
-                collate,
-                batch_size,
-                self.num_workers,
-                self.max_bad_share,
-                self.trainer.global_rank,
-                self.trainer.world_size,
-            )
-
-    def encoding(self, split: str, stage: LightningModule, batch_size: int) -> Encoding:
-        """What a stage writes of a split's clips, or of stretches of the videos in batches of so many clips."""
-        what = self.encoded / split, self._fingerprint(split, stage), stage.encode
-        if self.encoded_seconds[split] is None:
-            return Encoding(*what)
-        return StretchEncoding(*what, self.clip, stage.frozen.cut_parts, batch_size)
-
-    def _fingerprint(self, split: str, stage: LightningModule) -> dict:
-        return stage.frozen.fingerprint() | {"encoded_seconds": self.encoded_seconds[split]} | self._bounds
-
     @property
-    def _bounds(self) -> dict[str, float]:
-        """Which videos are used at all."""
-        return {"min_duration": self.selection.min_duration, "min_fps": self.selection.min_fps}
-
-    def _check_same_clips(self, other: "VideoDataModule") -> None:
-        for name, value in other._clip_options.items():
-            if value != (mine := self._clip_options[name]):
-                raise UserError(
-                    f"One pass encodes one set of clips, but data.{name} is {mine} in one config and {value} in"
-                    " another: give it once for all on the command line, or encode them one after another."
-                )
-
-    @property
-    def _clip_options(self) -> dict:
+    def clip_options(self) -> dict:
         """What decides which clips encoded shards are of."""
         shards = {f"{split}_shards": patterns for split, patterns in self.shards.items()}
-        stretch = {"encoded_seconds": self.encoded_seconds["train"]}
-        return shards | vars(self.clip) | self._bounds | stretch | {"max_member_mb": self.max_member_mb}
+        stretch = {"encoded_seconds": self.encoded_options.seconds["train"]}
+        bounds = self.encoded_options.bounds
+        return shards | vars(self.clip) | bounds | stretch | {"max_member_mb": self.max_member_mb}
 
-    def _clips(self, split: str, encoded: bool) -> ClipDataset:
+    def clips(self, split: str, encoded: bool) -> ClipDataset:
+        """The captioned clips of a split, from its video shards or from what was encoded of them."""
         shards = self._shards(self.shards[split])
         if encoded:
             shards = self._shards([str(path) for path in encoded_paths(shards, self.encoded / split)])
-        stage, stretches = self.trainer.lightning_module, False
+        stretches = False
         for folder in {path.parent for path in shards.paths}:
             if (folder / "fingerprint.json").exists():  # encoded shards, whoever named them
                 self._refuse_buckets(folder)
-                check_fingerprint(folder, self._fingerprint(split, stage))
-                stretches = self.encoded_seconds[split] is not None
+                check_fingerprint(folder, self.encoded_options.fingerprint(split, self.model))
+                stretches = self.encoded_options.seconds[split] is not None
         if shards.uncaptioned:
             rank_zero_info(
                 f"{split}: {shards.uncaptioned} samples without a caption are skipped, {len(shards)} are used."
             )
         if stretches:
-            return CutClips(shards, self.clip, self.selection, stage.frozen.cut_parts)
-        return ClipDataset(shards, self.clip, stage.needs_video, self.selection)
+            return CutClips(shards, self.clip, self.selection, self.model.cut_parts)
+        return ClipDataset(shards, self.clip, self.model.needs_video, self.selection)
 
     def _refuse_buckets(self, folder: Path) -> None:
         if self.buckets:
@@ -244,7 +180,7 @@ class VideoDataModule(LightningDataModule):
 
     def stream(self, start: Callable[[], int]) -> DataLoader:
         """The endless training stream from the position that `start` gives."""
-        clips = self._clips("train", self.encoded is not None)
+        clips = self.clips("train", self.encoded is not None)
         if self.buckets:
             clips = BucketStream(split_into(self.buckets, clips), self.seed, self.open_shards, self.global_batch_size)
         else:
@@ -253,7 +189,7 @@ class VideoDataModule(LightningDataModule):
         return self._loader(clips, batch_sampler=batches, persistent_workers=self.num_workers > 0)
 
     def val_dataloader(self) -> DataLoader:
-        clips = FixedClips(self._clips("val", self.encoded is not None))
+        clips = FixedClips(self.clips("val", self.encoded is not None))
         return self._loader(clips, batch_size=self.batch_size, sampler=self._even_share(clips))
 
     def test_dataloader(self) -> DataLoader:

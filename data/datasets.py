@@ -6,7 +6,6 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -210,14 +209,3 @@ def read_prompts(path: str) -> list[dict]:
     if not prompts:
         raise UserError(f"The prompt file {path} is empty: write one prompt a line.")
     return [{"caption": prompt} for prompt in prompts]
-
-
-def collate(samples: list[dict]) -> dict:
-    """Stacks tensors but for `text`, makes tensors of the numbers `position` and `key`, lists the rest."""
-    batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-    for name, values in batch.items():
-        if isinstance(values[0], Tensor) and name != "text":
-            batch[name] = torch.stack(values)
-        elif name in ("position", "key"):
-            batch[name] = torch.tensor(values)
-    return batch

@@ -70,7 +70,7 @@ def frozen_flops(stage: Stage, clip: Clip | None = None) -> int:
 
 def tokens(stage: Stage, clip: Clip | None = None) -> dict[str, int]:
     """Tokens of a clip, None: of the nominal one, by kind; of text at most."""
-    clip, counts = clip or stage.clip, {"text": stage.text.max_tokens}
+    clip, counts = clip or stage.clip, {"text": stage.frozen.text.max_tokens}
     if stage.space is not None:
         counts["semantic"] = len(stage.space.grid_of(clip))
     if isinstance(stage, LatentStage):
@@ -105,14 +105,14 @@ class _Frozen(nn.Module):
             self.stage.space.features(clips)
         if isinstance(self.stage, LatentStage):
             self.stage.frozen.latents(clips)
-        if not (text := self.stage.text).learnt:
+        if not (text := self.stage.frozen.text).learnt:
             ids = torch.zeros(1, text.max_tokens, dtype=torch.long)
             text.model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 def _encoded(stage: Stage, clip: Clip) -> dict[str, Tensor]:
     """An encoded clip as a batch, without content but for a prompt in bytes."""
-    text, space, shapes = stage.text, stage.space, {}
+    text, space, shapes = stage.frozen.text, stage.space, {}
     if space is not None:
         grid = space.grid_of(clip)
         shapes["features"] = (len(grid.seconds), grid.height, grid.width, space.encoder.dim)

@@ -6,7 +6,8 @@ import torch
 import yaml
 from lightning.fabric.utilities import move_data_to_device
 
-from data.datasets import Prompts, References, collate
+from data.batch import collate
+from data.datasets import Prompts, References
 from lightning_semgen.errors import UserError
 from lightning_semgen.runs import CONFIG, load_stage
 from lightning_semgen.stages.latent import LatentStage

@@ -9,7 +9,9 @@ from transformers.utils import logging as transformers_logging
 
 from data.datamodule import VideoDataModule
 from lightning_semgen.callbacks.board import CompareRuns, CountSteps, RunLogger
+from lightning_semgen.callbacks.channels import Channels
 from lightning_semgen.callbacks.gallery import Gallery
+from lightning_semgen.callbacks.loss_curves import LossCurves
 from lightning_semgen.callbacks.lost_rank import LostRank
 from lightning_semgen.callbacks.progress import Progress
 from lightning_semgen.callbacks.reference_sheet import ReferenceSheet
@@ -82,7 +84,9 @@ class SemGenCLI(LightningCLI):
         callbacks = [
             Throughput(),
             RejectedSamples(),
+            LossCurves(),
             Gallery(),
+            Channels(),
             CountSteps(),
             CompareRuns(),
             WriteResults(),

@@ -14,70 +14,19 @@ the semantic stream begin together. What is cut is what the clip alone would be 
 A cut clip is like any other: its tokens' times begin at 0.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from data.clip import Clip
 from data.codec.decode import TOLERANCE
 from data.datasets import ClipDataset, caption_of, video_of
-from data.encoded.precompute import Encoding
-from data.encoded.shards import from_bytes, to_bytes
+from data.encoded.parts import Part
+from data.encoded.shards import from_bytes
 from data.rejected import Rejected
 from data.selection import Selection
 from data.shards.reader import Shards
-
-
-@dataclass(frozen=True)
-class Part:
-    """How a part of an encoded clip is cut from that of a longer one.
-
-    Attributes:
-        axis: of time, in one sample's tensor.
-        steps: of a clip.
-        stride: steps from one start to the next.
-        own: steps at a clip's beginning that depend on where it begins; `steps` where nothing is kept once.
-        frames: of the clip, from which its own steps are made; None: all.
-    """
-
-    axis: int
-    steps: int
-    stride: int
-    own: int
-    frames: int | None = None
-
-    @classmethod
-    def of(cls, axis: int, steps: int, stride: int, own: int, frames: int | None = None) -> "Part":
-        """All steps are own ones where that takes less space than these and what is kept once."""
-        return cls(axis, steps, stride, own, frames) if own + stride < steps else cls(axis, steps, stride, steps)
-
-    @property
-    def is_cut(self) -> bool:
-        return self.own < self.steps
-
-    def own_name(self, start: int) -> str:
-        return f"start{start}.npy"
-
-    def piece_names(self, start: int) -> list[str]:
-        """Pieces of `stride` steps that hold what follows the own steps of a clip."""
-        first = start * self.stride
-        return [f"{n}.npy" for n in range((first + self.own) // self.stride, -(-(first + self.steps) // self.stride))]
-
-    def names(self, start: int) -> list[str]:
-        """Everything that a clip is cut from, in order."""
-        own = [self.own_name(start)] if self.own else []
-        return own + (self.piece_names(start) if self.is_cut else [])
-
-    def cut(self, tensors: list[Tensor]) -> Tensor:
-        """The clip of what `names` says."""
-        if not self.is_cut:
-            return tensors[0]
-        own, pieces = ([tensors[0]], tensors[1:]) if self.own else ([], tensors)
-        rest = torch.cat(pieces, self.axis).narrow(self.axis, self.own % self.stride, self.steps - self.own)
-        return torch.cat([*own, rest], self.axis)
 
 
 class Stretches(ClipDataset):
@@ -98,43 +47,6 @@ class Stretches(ClipDataset):
         starts = [(first + step) / clip.fps for step in range(0, kept + 1, clip.period)]
         stretch = replace(clip, num_frames=clip.num_frames + kept)
         return self.streams(video, stretch, starts[0]) | {"starts": starts}
-
-
-@dataclass(frozen=True)
-class StretchEncoding(Encoding):
-    """An `Encoding` of `Stretches`, one at a time: what the `parts` of clips are cut from, and the text."""
-
-    clip: Clip
-    parts: dict[str, Part]
-    batch_size: int
-
-    def samples(self, batch: dict) -> Iterator[dict]:
-        (starts,), (info,), (key,) = batch["starts"], batch["info"], batch["sample"]
-        whole = self.encode(batch, "text", *(name for name, part in self.parts.items() if part.is_cut))
-        arrays = {}
-        for name, part in self.parts.items():
-            pieces = whole.pop(name)[0].split(part.stride, part.axis) if part.is_cut else []
-            arrays |= {f"{name}.{number}.npy": to_bytes(piece) for number, piece in enumerate(pieces)}
-            for first in range(0, len(starts) if part.own else 0, self.batch_size):
-                numbers = range(first, min(first + self.batch_size, len(starts)))
-                made = self.encode(self._clips(batch, numbers, part.frames), name)[name]
-                names = [f"{name}.{part.own_name(number)}" for number in numbers]
-                arrays |= {file: to_bytes(own) for file, own in zip(names, made, strict=True)}
-        arrays |= {f"{name}.npy": to_bytes(rows[0]) for name, rows in whole.items()}
-        yield {"__key__": key, "json": info | {"starts": starts}, **arrays}
-
-    def _clips(self, batch: dict, starts: Iterable[int], frames: int | None) -> dict[str, Tensor]:
-        """Both streams of the clips at some starts, as a batch, or of those only the first `frames` frames."""
-        clip = self.clip
-        slices = {
-            "frames": (clip.period, frames or clip.num_frames),
-            "semantic_frames": (clip.semantic_period, len(clip.semantic_indices)),
-        }
-        return {
-            name: torch.stack([batch[name][0, start * every : start * every + length] for start in starts])
-            for name, (every, length) in slices.items()
-            if name in batch
-        }
 
 
 class CutClips(ClipDataset):

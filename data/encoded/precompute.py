@@ -1,69 +1,76 @@
 """The pass that writes encoded shards: the frozen parts over all clips, on all ranks."""
 
-import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor, distributed
+from torch import distributed
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from data.batch import collate
 from data.clip import Clip
-from data.encoded.shards import check_fingerprint, encoded_paths, to_bytes
+from data.encoded.cuts import Stretches
+from data.encoded.encoding import Encoding
+from data.interface import ClipModel
 from data.rejected import Rejected, RejectionCount
-from data.shards.index import index_path, write_atomically
-from data.shards.reader import Shards
 from data.shards.writer import remove_partial, shard_writer
 from data.workers import prepare_worker
+from lightning_semgen.errors import UserError
+
+if TYPE_CHECKING:
+    from data.datamodule import VideoDataModule
 
 HELD = 2**27  # bytes of frames that are encoded at once, unless one clip alone has more; networks take a multiple
 
 
-Encode = Callable[..., dict[str, Tensor | list[Tensor]]]
+@contextmanager
+def all_ranks_finish() -> Iterator[None]:
+    """No rank leaves before all have; they may be hours apart, a barrier of their own group gives up after minutes."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        yield
+        return
+    patient = distributed.new_group(backend="gloo", timeout=timedelta(weeks=1))
+    yield
+    distributed.barrier(patient)
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """What one stage's frozen parts make of clips: the folder of its shards, their fingerprint, and how.
+@all_ranks_finish()
+def precompute(pairs: Sequence[tuple["VideoDataModule", ClipModel]], rank: int = 0, world_size: int = 1) -> None:
+    """Runs the models' frozen parts over all clips that are not encoded yet, each rank over its share of the shards.
 
-    `encode(batch, *only)` makes of a batch of a `ClipDataset` all or some of its `PARTS`: {"features": (B, …),
-    "text": B × (L, dim), …}.
+    All see the clips in one pass; the first data module reads them. UserError where the clips are not the same.
     """
+    data, _ = pairs[0]
+    for other, model in pairs:
+        check_same_clips(data, other)
+        model.load_compressor()
+    for split in data.shards:
+        clips, batch_size = data.clips(split, encoded=False), min(other.batch_size for other, _ in pairs)
+        clips.needs_video = any(model.needs_video for _, model in pairs)
+        at_once = clips_at_once(data.clip, batch_size)
+        encodings = [other.encoded_options.encoding(split, model, at_once) for other, model in pairs]
+        if (seconds := data.encoded_options.seconds[split]) is not None:
+            clips, batch_size = Stretches(clips, seconds), 1
+        precompute_shards(clips, encodings, batch_size, data.num_workers, data.max_bad_share, rank, world_size)
 
-    folder: Path
-    fingerprint: dict
-    encode: Encode
 
-    def prepare(self) -> None:
-        """The folder with its fingerprint; UserError where it holds shards of another one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / "fingerprint.json").exists():
-            check_fingerprint(self.folder, self.fingerprint)
-        else:
-            write_atomically(self.folder / "fingerprint.json", json.dumps(self.fingerprint, indent=1))
-
-    def missing(self, shards: Shards, share: list[int]) -> dict[int, Path]:
-        """The shards of a share that are not encoded yet, by their number, and where they will be."""
-        paths = encoded_paths(shards, self.folder)
-        return {number: paths[number] for number in share if not index_path(paths[number]).exists()}
-
-    def samples(self, batch: dict) -> Iterator[dict]:
-        parts = {f"{name}.npy": value for name, value in self.encode(batch).items()}
-        for row, info in enumerate(batch["info"]):
-            arrays = {name: to_bytes(value[row]) for name, value in parts.items()}
-            yield {"__key__": batch["sample"][row], "json": info, **arrays}
+def check_same_clips(data: "VideoDataModule", other: "VideoDataModule") -> None:
+    for name, value in other.clip_options.items():
+        if value != (mine := data.clip_options[name]):
+            raise UserError(
+                f"One pass encodes one set of clips, but data.{name} is {mine} in one config and {value} in"
+                " another: give it once for all on the command line, or encode them one after another."
+            )
 
 
 def precompute_shards(
     clips: Dataset,
     encodings: list[Encoding],
-    collate: Callable,
     batch_size: int,
     workers: int,
     max_bad_share: float = 1.0,
@@ -87,7 +94,7 @@ def precompute_shards(
         for shard in todo:
             part = Subset(Sifted(clips), range(ends[shard] - sizes[shard], ends[shard]))
             worker_options = {"num_workers": workers, "worker_init_fn": prepare_worker}
-            loader = DataLoader(part, batch_size, collate_fn=partial(_sift, collate), **worker_options)
+            loader = DataLoader(part, batch_size, collate_fn=_sift, **worker_options)
             wanted = [(e, paths[shard]) for e, paths in zip(encodings, missing, strict=True) if shard in paths]
             for _, path in wanted:
                 remove_partial(path)
@@ -123,17 +130,6 @@ def share_of(clips: list[int], rank: int, world_size: int) -> list[int]:
     return share
 
 
-@contextmanager
-def all_ranks_finish() -> Iterator[None]:
-    """No rank leaves before all have; they may be hours apart, a barrier of their own group gives up after minutes."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        yield
-        return
-    patient = distributed.new_group(backend="gloo", timeout=timedelta(weeks=1))
-    yield
-    distributed.barrier(patient)
-
-
 class Sifted(Dataset):
     """The clips, with (key, cause) in place of one that is rejected."""
 
@@ -147,7 +143,7 @@ class Sifted(Dataset):
             return self.clips.shards.samples[index][1], str(cause)
 
 
-def _sift(collate: Callable, samples: list[dict | tuple[str, str]]) -> tuple[dict | None, list[tuple[str, str]]]:
+def _sift(samples: list[dict | tuple[str, str]]) -> tuple[dict | None, list[tuple[str, str]]]:
     good = [sample for sample in samples if isinstance(sample, dict)]
     return collate(good) if good else None, [sample for sample in samples if isinstance(sample, tuple)]
 

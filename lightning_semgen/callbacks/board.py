@@ -7,11 +7,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from lightning_semgen.evaluation.adherence import Adherence
+from lightning_semgen.evaluation.table import COMPARED
 from lightning_semgen.model.sizes import SIZES
 from lightning_semgen.stages.base import Stage
 
-COMPARED = ("train/flow_loss", "val/flow_loss", "val/semantic_gap", *(f"adherence/{n}" for n in Adherence.attributes))
+CURVES = ("train/flow_loss", "val/flow_loss", "val/semantic_gap", *COMPARED)
 
 
 class RunLogger(TensorBoardLogger):
@@ -36,14 +36,14 @@ class CountSteps(Callback):
 
 
 class CompareRuns(Callback):
-    """A row of TensorBoard's HParams: what sets the run apart, and the latest value of each `COMPARED` curve.
+    """A row of TensorBoard's HParams: what sets the run apart, and the latest value of each of `CURVES`.
 
     All rows name the same columns, as TensorBoard takes those of one run for all.
     """
 
     def on_train_start(self, trainer: Trainer, stage: Stage) -> None:
         if isinstance(stage, Stage):
-            experiment, start, self.end = hparams(facts(trainer, stage), dict.fromkeys(COMPARED))
+            experiment, start, self.end = hparams(facts(trainer, stage), dict.fromkeys(CURVES))
             self._write(trainer, experiment, start)
 
     def on_train_end(self, trainer: Trainer, stage: Stage) -> None:

@@ -1,4 +1,4 @@
-"""What a validation shows in TensorBoard: a few clips as every part sees them, and the channels of semantics."""
+"""What a validation shows in TensorBoard: a few clips as every part sees them."""
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_semgen.callbacks.board import writers
 from lightning_semgen.errors import UserError
-from lightning_semgen.evaluation.adherence import Adherence
+from lightning_semgen.evaluation.table import build_metrics
 from lightning_semgen.stages.base import Stage
 from lightning_semgen.stages.latent import LatentStage
 from lightning_semgen.stages.semantic import SemanticStage
@@ -16,17 +16,19 @@ from lightning_semgen.video.pictures import add_animation, animated_table, evenl
 from lightning_semgen.video.principal_components import pca_colours
 
 COUNTED, SHOWN = 8, 4  # clips of a validation: for which each rank generates, rows of a picture
-ACTIVE = 0.01  # nats per token, below which a channel tells next to nothing
 REAL, GENERATED, NONE = "real semantics", "generated semantics", "the prompt alone"
 
 Columns = dict[str, Tensor]  # uint8 videos (B, T, 3, H, W) by title
 
 
 class Gallery(Callback):
-    """Pictures of the first clips, whether what is generated for them adheres to their prompts, and the channels.
+    """Pictures of the first clips, and the metrics of what is generated for them.
 
     Every rank generates, since sharded networks need them all; the first one's clips are shown, all ranks' counted.
     """
+
+    def on_validation_start(self, trainer: Trainer, stage: Stage) -> None:
+        self.metrics = build_metrics(stage.device)
 
     def on_validation_batch_end(
         self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int, dataloader_idx: int = 0
@@ -38,7 +40,8 @@ class Gallery(Callback):
             shown = pictures(stage, batch)
         for name, columns in shown.items():
             for title in columns.keys() & {f"on {GENERATED}", f"on {NONE}"}:
-                stage.adherence.update(columns[title], batch["info"])
+                for metric in self.metrics.values():
+                    metric.update(columns[title], batch["info"])
             for writer in writers(trainer):
                 rows = {title: videos[:SHOWN] for title, videos in columns.items()}
                 gif = animated_table(rows, batch["caption"][:SHOWN], stage.clip.num_frames / stage.clip.fps)
@@ -47,28 +50,11 @@ class Gallery(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, stage: Stage) -> None:
         if trainer.sanity_checking or not isinstance(stage, Stage):
             return
-        if stage.adherence.update_called:
-            shares = stage.adherence.compute()
-            stage.log_dict({f"adherence/{n}": shares[n] for n in Adherence.names if n in shares}, sync_dist=True)
-            stage.adherence.reset()
-        if stage.channel_statistics is not None:
-            self.show_channels(trainer, stage, stage.channel_statistics.compute())
-            stage.channel_statistics.reset()
-
-    def show_channels(self, trainer: Trainer, stage: Stage, channels: dict[str, Tensor]) -> None:
-        """Histograms over channels, and the channels at either end as curves."""
-        has_posterior = stage.space.compressor.dim is not None
-        values = {
-            "mean farthest from 0": channels["mean"].abs().max(),
-            "smallest std": channels["std"].min(),
-            "largest std": channels["std"].max(),
-        }
-        if has_posterior:
-            values["active channels"] = (channels["KL"] > ACTIVE).sum().float()
-        stage.log_dict({f"z_sem/{name}": value for name, value in values.items()}, sync_dist=True)
-        for writer in writers(trainer):
-            for name in ("mean", "std", "KL") if has_posterior else ("mean", "std"):
-                writer.add_histogram(f"z_sem/{name} of each channel", channels[name], trainer.global_step)
+        for name, metric in self.metrics.items():
+            if metric.update_called:
+                values = metric.compute()
+                curves = {f"{name}/{value}": values[value] for value in metric.curves if value in values}
+                stage.log_dict(curves, sync_dist=True)
 
 
 @torch.no_grad()

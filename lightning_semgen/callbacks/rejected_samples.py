@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from data.rejected import RejectionCount
-from lightning_semgen.stages.base import Stage, reports
+from lightning_semgen.callbacks.log_steps import logs_after_batch
+from lightning_semgen.stages.base import Stage
 
 
 class RejectedSamples(Callback):
@@ -38,7 +39,7 @@ class RejectedSamples(Callback):
             file.writelines(json.dumps({"sample": name, "cause": cause}) + "\n" for name, cause in rows)
 
     def on_train_batch_end(self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int) -> None:
-        if not reports(trainer, batch_idx):
+        if not logs_after_batch(trainer, batch_idx):
             return
         everywhere = self._of_all_ranks(trainer)
         counts = {f"rejected/{cause}": float(count) for cause, count in everywhere.causes.items()}

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_semgen.evaluation.table import build_metrics
 from lightning_semgen.stages.base import Stage
 from lightning_semgen.video.generated import GeneratedVideo, LatentVideo, previews
 from lightning_semgen.video.pictures import contact_sheet, evenly, file_name
@@ -33,15 +34,21 @@ class WriteResults(BasePredictionWriter):
 
     def on_test_start(self, trainer: Trainer, stage: Stage) -> None:
         self.shown: list[tuple[Tensor, str]] = []
+        self.metrics = build_metrics(stage.device)
 
     def on_test_batch_end(self, trainer, stage, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         batch, outputs = without_repeated(batch, outputs)
         if not (videos := outputs["videos"]):
             return
         write_videos(Path(trainer.default_root_dir) / "test", videos, batch, stage)
-        stage.adherence.update(previews(videos), batch["info"])
+        for metric in self.metrics.values():
+            metric.update(previews(videos), batch["info"])
         rows = zip(videos, batch["caption"][: SHOWN - len(self.shown)], strict=False)
         self.shown += [(evenly(video.preview), prompt) for video, prompt in rows]
+
+    def on_test_epoch_end(self, trainer: Trainer, stage: Stage) -> None:
+        for metric in self.metrics.values():
+            stage.log_dict({f"test/{name}": value for name, value in metric.compute().items()})
 
     def on_test_end(self, trainer: Trainer, stage: Stage) -> None:
         folder = Path(trainer.default_root_dir) / "test"

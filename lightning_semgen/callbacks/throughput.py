@@ -5,9 +5,10 @@ import time
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_semgen.callbacks.log_steps import logs_after_batch
 from lightning_semgen.cost import frozen_flops, step_cost, tokens
 from lightning_semgen.hardware import peak_flops
-from lightning_semgen.stages.base import Stage, reports
+from lightning_semgen.stages.base import Stage
 
 
 class Throughput(Callback):
@@ -35,7 +36,7 @@ class Throughput(Callback):
     def on_train_batch_end(self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int) -> None:
         self._count(stage, batch, len(batch["caption"]) * trainer.world_size)
         self.last = time.perf_counter()
-        if reports(trainer, batch_idx):
+        if logs_after_batch(trainer, batch_idx):
             values = {f"speed/{name}": value for name, value in self._measured(trainer).items()}
             stage.log_dict(values, batch_size=1, prog_bar=True)
             self._begin(trainer)

@@ -9,6 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 
 from data.datamodule import VideoDataModule
+from data.encoded.precompute import precompute
 from lightning_semgen.errors import UserError
 from lightning_semgen.trainer_cli import run
 
@@ -40,7 +41,7 @@ def _encode(trainer: Trainer, data: VideoDataModule, others: list[tuple[VideoDat
     if trainer.local_rank == 0:
         data.prepare_data()
     trainer.strategy.barrier()
-    data.encode(others)
+    precompute([(data, trainer.lightning_module), *others], trainer.global_rank, trainer.world_size)
 
 
 def on_every_device(strategy: Strategy, work: Callable[[], None]) -> None:

@@ -46,7 +46,7 @@ def export(run: str, folder: str, max_shard_size: str = "5GB") -> None:
 
 def exported_parts(stage: Stage) -> dict[str, nn.Module]:
     parts = {"transformer": stage.ema.transformer}
-    if stage.text.learnt:
+    if stage.frozen.text.learnt:
         parts["text_encoder"] = stage.ema.text
     if stage.space is not None:
         parts["compressor"] = stage.space.compressor

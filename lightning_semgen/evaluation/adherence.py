@@ -5,12 +5,12 @@ from statistics import NormalDist
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from data.toy.checker import Reading, read_scenes, read_video
+from lightning_semgen.evaluation.video_metric import VideoMetric
 
 
-class Adherence(Metric):
+class Adherence(VideoMetric):
     """Whether toy videos show what their prompts say, as the checker reads it.
 
     "colour", "shape" and "direction" are means over videos of the share of scenes in which that is right; of videos
@@ -18,7 +18,8 @@ class Adherence(Metric):
     """
 
     attributes = ("colour", "shape", "direction")
-    names = (*attributes, "scenes in order")
+    names = curves = (*attributes, "scenes in order")
+    compared = attributes
 
     def __init__(self):
         super().__init__()

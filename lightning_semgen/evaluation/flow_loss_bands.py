@@ -5,7 +5,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-class TimeBands(Metric):
+class FlowLossBands(Metric):
     """Mean of per-sample values, of all ranks, and in equal bands of t; `compute` leaves out bands without samples."""
 
     def __init__(self, bands: int = 4):

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_semgen.errors import UserError
+
 
 def _like(t: Tensor, z: Tensor) -> Tensor:
     return t.view(-1, *[1] * (z.ndim - 1))
@@ -35,6 +37,11 @@ def logit_normal(n: Tensor, shift: float) -> Tensor:
     return shift_time(torch.sigmoid(n), shift)
 
 
+def uniform(n: Tensor, shift: float) -> Tensor:
+    """Training times from standard normal numbers: even on [0, 1], shifted."""
+    return shift_time(torch.special.ndtr(n), shift)
+
+
 def dimension_shift(numbers: int, low: float = 1.0, high: float = 8.0) -> float:
     """√(N·d / 4096), clamped: the shift for a sample of N tokens with d channels (RAE, arXiv 2510.11690)."""
     return min(max(math.sqrt(numbers / 4096), low), high)
@@ -56,3 +63,26 @@ def euler(predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, times: Tensor)
     for t, t_next in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
         z = z + (t_next - t) * predict(z, z.new_full((len(z),), t))
     return z
+
+
+@torch.no_grad()
+def heun(predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, times: Tensor) -> Tensor:
+    """Euler with the mean of the velocities at both ends of each step; two predictions a step, one in the last."""
+    for t, t_next in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+        v = predict(z, z.new_full((len(z),), t))
+        ahead = z + (t_next - t) * v
+        if t_next > 0:
+            v = (v + predict(ahead, z.new_full((len(z),), t_next))) / 2
+        z = z + (t_next - t) * v
+    return z
+
+
+SAMPLERS = {"euler": euler, "heun": heun}
+TIME_DISTRIBUTIONS = {"logit_normal": logit_normal, "uniform": uniform}  # each of (normal numbers, shift)
+
+
+def named(option: str, table: dict[str, Callable], name: str) -> Callable:
+    """A row of one of the tables; UserError lists the known names."""
+    if name not in table:
+        raise UserError(f"model.{option} {name!r} is not known; known are {', '.join(table)}.")
+    return table[name]

@@ -4,7 +4,6 @@ Parameters carry the names of diffusers' `WanTransformer3DModel`, so its checkpo
 tokens the network is Wan's. B batch, N tokens, C channels of the generated thing, d of the semantics.
 """
 
-
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from data import random_numbers
+from data.batch import Batch
 from data.clip import Clip
-from data.encoded.cuts import Part
+from data.encoded.parts import Part
 from encoders.base import Frozen
 from encoders.text import build_text_encoder
 from encoders.vae.base import build_vae
@@ -71,17 +73,34 @@ class FrozenParts:
             facts = facts | {"vae": self.vae_name, "vae_weights": self.vae.fingerprint()}
         return facts | {"clip": vars(self.clip)}
 
-    def latents(self, batch: dict) -> Tensor:
+    def check_trained_with(self, found: dict) -> None:
+        """UserError where these parts are not those of the fingerprint that a checkpoint carries."""
+        for name, value in self.fingerprint().items():
+            if name.endswith("_weights") and found.get(name) != value:
+                raise UserError(
+                    f"The checkpoint was trained with {name} {found.get(name)}, here they are {value}: give"
+                    " the weights it was trained with, or train it again."
+                )
+
+    def prompt(self, batch: Batch, dropout: float = 0.0) -> Tensor:
+        """What the generator is prompted with (B, …), from the batch or by the text encoder; a share are empty."""
+        dropped = (random_numbers.uniform(batch["key"], "prompt dropout") < dropout).tolist()
+        if "text" in batch and not self.text.learnt:
+            rows = zip(dropped, batch["text"], strict=True)
+            return self.text.pad([self.text.empty if drop else text for drop, text in rows])
+        return self.text.prepare(["" if drop else c for drop, c in zip(dropped, batch["caption"], strict=True)])
+
+    def latents(self, batch: Batch) -> Tensor:
         """(B, C, T_z, H_z, W_z), from the batch or by the VAE."""
         return batch["latents"] if "latents" in batch else self.vae.encode(batch["frames"])
 
-    def encode(self, batch: dict, *only: str) -> dict[str, Tensor | list[Tensor]]:
+    def precompute(self, batch: Batch, *only: str) -> dict[str, Tensor | list[Tensor]]:
         """What the parts, all or some, say of a batch of clips: {"features": (B, T', H', W', D), "text": B × (L, dim),
         …}."""
         return {name: make(batch) for name, make in self._makers.items() if not only or name in only}
 
     @property
-    def _makers(self) -> dict[str, Callable[[dict], Tensor | list[Tensor]]]:
+    def _makers(self) -> dict[str, Callable[[Batch], Tensor | list[Tensor]]]:
         makers = {}
         if self.space is not None:
             name = self._semantic_name

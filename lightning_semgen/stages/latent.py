@@ -1,14 +1,17 @@
 """The latent stage: prompts and semantics to VAE latents (SemanticGen §3.2)."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from data import random_numbers
+from data.batch import Batch
 from data.clip import Clip
 from encoders.vae.base import FrozenVAE
 from lightning_semgen.errors import UserError
 from lightning_semgen.model import flow
-from lightning_semgen.model.condition import SemanticTokens
+from lightning_semgen.model.condition import Condition, SemanticTokens
 from lightning_semgen.model.positions import Grid
 from lightning_semgen.stages.base import Stage
 from lightning_semgen.video.generated import LatentVideo
@@ -96,29 +99,36 @@ class LatentStage(Stage):
             random_numbers.uniform(keys, "semantic dropout") < self.semantic_dropout, torch.ones_like(tau), tau
         )
 
-    def losses(self, batch: dict, t: Tensor, prompt: Tensor) -> dict[str, Tensor]:
-        if self.space is None:
-            return {"flow_loss": self.flow_loss(self.generator, self.frozen.latents(batch), batch, t, prompt, None)}
-        z_sem, posterior = self.space.sample(batch)
-        tau, grid = self.training_noise(batch["key"]), self.space.grid_of(self.clip_of(batch))
-        semantics = self.noised(z_sem, batch["key"], tau, grid)
-        losses = {"flow_loss": self.flow_loss(self.generator, self.frozen.latents(batch), batch, t, prompt, semantics)}
-        return losses | {"kl": self.kl(posterior)} if self.learns_compressor else losses
+    def losses(self, batch: Batch, t: Tensor, prompt: Tensor) -> dict[str, Tensor]:
+        semantics = posterior = None
+        if self.space is not None:
+            z_sem, posterior = self.space.sample(batch)
+            tau, grid = self.training_noise(batch["key"]), self.space.grid_of(self.clip_of(batch))
+            semantics = self.noised(z_sem, batch["key"], tau, grid)
+        latents, condition = self.frozen.latents(batch), Condition(prompt, semantics)
+        losses = {"flow_loss": self.flow_loss(self.generator, latents, batch, t, condition)}
+        if self.learns_compressor:
+            losses["kl"] = self.compressor_learning.kl(posterior, self.global_step)
+        return losses
 
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Flow loss, and the semantic gap: how much it grows with the semantics of the clip before; 0 if ignored."""
-        t, latents, prompt = self.validation_times(batch), self.frozen.latents(batch), self.prompt(batch)
-        own = None if self.space is None else self.inference_semantics(self.validation_semantics(batch), batch["key"])
-        losses = self.flow_loss(self.ema, latents, batch, t, prompt, own)
+        t, latents, prompt = self.validation_times(batch), self.frozen.latents(batch), self.frozen.prompt(batch)
+        own, shown = None, {}
+        if self.space is not None:
+            z_sem, posterior = self.space.sample(batch)
+            own, shown = self.inference_semantics(z_sem, batch["key"]), {"z_sem": z_sem, "kl": posterior.kl}
+        losses = self.flow_loss(self.ema, latents, batch, t, Condition(prompt, own))
         self.log("val/flow_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
         if own is None:
-            return
+            return shown
         before = self._before if batch_idx else own.z[-1:]
         self._before = own.z[-1:]
         if batch_idx or len(own.z) > 1:  # the first clip, where it is alone, has none before it
-            other = SemanticTokens(torch.cat([before, own.z[:-1]]), own.tau, own.grid)
-            gap = self.flow_loss(self.ema, latents, batch, t, prompt, other) - losses
+            other = Condition(prompt, replace(own, z=torch.cat([before, own.z[:-1]])))
+            gap = self.flow_loss(self.ema, latents, batch, t, other) - losses
             self.log("val/semantic_gap", gap.mean(), batch_size=len(losses), sync_dist=True)
+        return shown
 
     def inference_semantics(self, z_sem: Tensor, keys: Tensor) -> SemanticTokens:
         tau = z_sem.new_full((len(z_sem),), self.sampling_semantic_noise)
@@ -126,15 +136,12 @@ class LatentStage(Stage):
 
     def render(self, captions: list[str], keys: Tensor, z_sem: Tensor | None) -> list[LatentVideo]:
         """Videos for prompts and, unless this is the baseline, semantics (B, T', H', W', d)."""
-        semantics, without = None, []
-        if self.space is not None:
-            semantics = self.inference_semantics(z_sem, keys)
-        if self.guidance_scale != 1:
-            without.append(([""] * len(captions), semantics, self.guidance_scale))
+        semantics = None if self.space is None else self.inference_semantics(z_sem, keys)
+        guidance = self.without_prompt(len(captions), semantics)
         if semantics is not None and self.semantic_guidance_scale != 1:
-            none = self.noised(z_sem, keys, torch.ones_like(semantics.tau), semantics.grid)
-            without.append((captions, none, self.semantic_guidance_scale))
-        latents = self.sample(self.latent_shape, captions, keys, semantics, without)
+            noise = self.noised(z_sem, keys, torch.ones_like(semantics.tau), semantics.grid)
+            guidance.append((self.condition(captions, noise), self.semantic_guidance_scale))
+        latents = self.sample(self.latent_shape, keys, self.condition(captions, semantics), guidance)
         return [LatentVideo(z, self.vae) for z in latents]
 
     def can_make_videos(self) -> bool:
@@ -144,7 +151,7 @@ class LatentStage(Stage):
         z_sem = None if self.space is None else self.partner.sample_semantics(captions, keys)
         return self.render(captions, keys, z_sem)
 
-    def predict_step(self, batch: dict, batch_idx: int) -> dict[str, list[LatentVideo]]:
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[LatentVideo]]:
         captions, keys = batch["caption"], batch["key"]
         if "reference" in batch:
             return {"videos": self.render(captions, keys, self.reference_semantics(batch))}

@@ -3,10 +3,12 @@
 from einops import rearrange
 from torch import Tensor
 
+from data.batch import Batch
 from data.clip import Clip
 from lightning_semgen.errors import UserError
 from lightning_semgen.model import flow
 from lightning_semgen.model.compressor import FeatureDecoder
+from lightning_semgen.model.condition import Condition
 from lightning_semgen.stages.base import Stage
 from lightning_semgen.video.generated import LatentVideo
 
@@ -42,33 +44,37 @@ class SemanticStage(Stage):
     def shift_of(self, clip: Clip) -> float:
         return self.given_shift or flow.dimension_shift(len(self.space.grid_of(clip)) * self.space.channels)
 
-    def losses(self, batch: dict, t: Tensor, prompt: Tensor) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, t: Tensor, prompt: Tensor) -> dict[str, Tensor]:
         if self.learns_compressor:
             batch = batch | {"features": self.space.features(batch)}  # which the compressor's teacher looks at too
         z_sem, posterior = self.space.sample(batch)
-        losses = {"flow_loss": self.flow_loss(self.generator, channels_first(z_sem.detach()), batch, t, prompt, None)}
+        flow_loss = self.flow_loss(self.generator, channels_first(z_sem.detach()), batch, t, Condition(prompt))
+        losses = {"flow_loss": flow_loss}
         if not self.learns_compressor:
             return losses
         if self.space.compressor.dim is not None:
             losses["reconstruction"] = self.feature_decoder(posterior.z, batch["features"])
-        return losses | {"kl": self.kl(posterior)}
+        return losses | {"kl": self.compressor_learning.kl(posterior, self.global_step)}
 
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
-        z_sem, t = channels_first(self.validation_semantics(batch)), self.validation_times(batch)
-        losses = self.flow_loss(self.ema, z_sem, batch, t, self.prompt(batch), None)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The flow loss; and the semantics with their KL, of which `callbacks.channels` makes curves."""
+        z_sem, posterior = self.space.sample(batch)
+        t, condition = self.validation_times(batch), Condition(self.frozen.prompt(batch))
+        losses = self.flow_loss(self.ema, channels_first(z_sem), batch, t, condition)
         self.log("val/flow_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
+        return {"z_sem": z_sem, "kl": posterior.kl}
 
     def sample_semantics(self, captions: list[str], keys: Tensor) -> Tensor:
         """z_sem (B, T', H', W', d) for prompts."""
         grid = self.space.grid
         shape = (self.space.channels, len(grid.seconds), grid.height, grid.width)
-        without = [([""] * len(captions), None, self.guidance_scale)] if self.guidance_scale != 1 else []
-        return rearrange(self.sample(shape, captions, keys, None, without), "b d t h w -> b t h w d")
+        z_sem = self.sample(shape, keys, self.condition(captions), self.without_prompt(len(captions)))
+        return rearrange(z_sem, "b d t h w -> b t h w d")
 
     def videos(self, captions: list[str], keys: Tensor) -> list[LatentVideo]:
         return self.partner.render(captions, keys, self.sample_semantics(captions, keys))
 
-    def predict_step(self, batch: dict, batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         if "reference" in batch:
             return {"semantics": self.reference_semantics(batch)}
         return {"semantics": self.sample_semantics(batch["caption"], batch["key"])}

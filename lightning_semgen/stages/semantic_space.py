@@ -9,8 +9,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm import tqdm
 
 from data import random_numbers
+from data.batch import Batch
 from data.clip import Clip
-from data.encoded.cuts import Part
+from data.encoded.parts import Part
 from encoders import build_encoder
 from encoders.base import FrozenEncoder, fingerprint
 from lightning_semgen.errors import UserError
@@ -118,27 +119,27 @@ class SemanticSpace(nn.Module):
                 " fit: train this stage again on that run, or name the run it was trained with."
             )
 
-    def features(self, batch: dict) -> Tensor:
+    def features(self, batch: Batch) -> Tensor:
         """(B, T', H', W', D), from the batch or by the encoder."""
         if "features" in batch:
             return batch["features"]
         return self.encoder(batch["semantic_frames" if self.encoder.stream == "semantic" else "frames"])
 
-    def moments(self, batch: dict) -> Tensor:
+    def moments(self, batch: Batch) -> Tensor:
         """What samples are drawn from (B, T', H', W', 2d), from the batch or by encoder and compressor."""
         return batch["moments"] if "moments" in batch else self.compressor.moments(self.features(batch))
 
-    def posterior(self, batch: dict) -> Posterior:
+    def posterior(self, batch: Batch) -> Posterior:
         moments = self.moments(batch)
         noise = random_numbers.normal(batch["key"], "posterior", *moments.shape[1:-1], self.channels)
         return self.compressor.posterior(moments, noise)
 
-    def sample(self, batch: dict) -> tuple[Tensor, Posterior]:
+    def sample(self, batch: Batch) -> tuple[Tensor, Posterior]:
         """Standardised samples z_sem (B, T', H', W', d), and what they are drawn from."""
         posterior = self.posterior(batch)
         return self.compressor.standardise(posterior.z), posterior
 
-    def forward(self, batch: dict) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """z_sem (B, T', H', W', d)."""
         return self.sample(batch)[0]
 

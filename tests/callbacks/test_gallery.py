@@ -11,9 +11,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from data.datasets import ClipDataset, FixedClips, collate
+from data.batch import collate
+from data.datasets import ClipDataset, FixedClips
 from data.shards.reader import Shards
-from lightning_semgen.callbacks.board import COMPARED
+from lightning_semgen.callbacks.board import CURVES
 from lightning_semgen.callbacks.gallery import pictures
 from lightning_semgen.cli import main
 from lightning_semgen.runs import load_stage
@@ -88,7 +89,7 @@ def test_what_each_run_shows(trained, batch):
     facts, metrics = hyperparameters(trained / "latent_dim8")
     assert facts["stage"] == "LatentStage" and facts["encoder"] == facts["size"] == "toy"
     assert (facts["semantic_dim"], facts["batch_size"], facts["steps"]) == (8, 4, 2)
-    assert metrics == list(COMPARED) == hyperparameters(trained / "dim8")[1]
+    assert metrics == list(CURVES) == hyperparameters(trained / "dim8")[1]
     assert set(metrics) <= set(latent.Tags()["scalars"])
     assert not list(trained.rglob("hparams.yaml")) and all(path.is_dir() for path in trained.iterdir())
 

@@ -44,7 +44,7 @@ def real_step(stage) -> None:
     batch = {"key": torch.arange(BATCH), "features": torch.randn(shape), "caption": ["a red circle"] * BATCH}
     if isinstance(stage, LatentStage):
         batch["latents"] = torch.randn(BATCH, *stage.latent_shape)
-    stage.total(stage.losses(batch, torch.rand(BATCH), stage.prompt(batch))).backward()
+    stage.total(stage.losses(batch, torch.rand(BATCH), stage.frozen.prompt(batch))).backward()
 
 
 def allocated(stage) -> int:
@@ -73,7 +73,7 @@ def test_flops_of_the_frozen_parts_are_those_of_real_ones(stage):
     batch = frames | {"semantic_frames": frames["frames"][:, CLIP.semantic_indices]}
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with counter:
-        stage.frozen.encode(batch)
+        stage.frozen.precompute(batch)
     assert frozen_flops(stage) == pytest.approx(counter.get_total_flops(), rel=0.02) and frozen_flops(stage) > 1e6
 
 

@@ -12,8 +12,10 @@ from test_stages import stage
 from data.clip import Clip
 from data.codec.decode import decode_clip
 from data.datamodule import VideoDataModule
-from data.datasets import ClipDataset, Stream, collate
-from data.encoded.cuts import CutClips, Part, StretchEncoding, Stretches
+from data.datasets import ClipDataset, Stream
+from data.encoded.cuts import CutClips, Stretches
+from data.encoded.encoding import StretchEncoding
+from data.encoded.parts import Part
 from data.encoded.precompute import precompute_shards
 from data.rejected import Rejected
 from data.selection import Selection
@@ -115,8 +117,8 @@ STAGES = {
 def encoded(made, films, folder, seconds: float = float("inf")) -> CutClips:
     """The training films as a stage encodes them."""
     clips = ClipDataset(Shards(str(films / "train-*.tar")), made.clip, made.needs_video)
-    how = StretchEncoding(folder, {}, made.frozen.encode, made.clip, made.frozen.cut_parts, batch_size=3)
-    precompute_shards(Stretches(clips, seconds), [how], collate, batch_size=1, workers=0)
+    how = StretchEncoding(folder, {}, made.frozen.precompute, made.clip, made.frozen.cut_parts, batch_size=3)
+    precompute_shards(Stretches(clips, seconds), [how], batch_size=1, workers=0)
     return CutClips(Shards(str(folder / "*.tar")), made.clip, Selection(), made.frozen.cut_parts)
 
 
@@ -143,7 +145,7 @@ def test_a_cut_clip_is_the_clip_that_lies_there(name, clip, films, tmp_path):
         assert len(samples) == (1 if index == 3 else 5 if clip is CLIP else 3)
         for start, sample in samples.items():
             frames = decode_clip(videos.read(index)["mp4"], clip, start)
-            alone = made.frozen.encode({"frames": frames[None], "semantic_frames": frames[clip.semantic_indices][None]})
+            alone = made.frozen.precompute({"frames": frames[None], "semantic_frames": frames[clip.semantic_indices][None]})
             for part, (tensor,) in alone.items():
                 torch.testing.assert_close(sample[part], tensor, rtol=1e-3, atol=1e-3)
 

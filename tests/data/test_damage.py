@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from data.batch import collate
 from data.clip import Clip
 from data.codec.mp4 import write_mp4
-from data.datasets import ClipDataset, Stream, collate
-from data.encoded.precompute import Encoding, precompute_shards
+from data.datasets import ClipDataset, Stream
+from data.encoded.encoding import Encoding
+from data.encoded.precompute import precompute_shards
 from data.order import PositionBatches
 from data.rejected import RejectionCount
 from data.shards.reader import Shards
@@ -87,7 +89,7 @@ def test_an_epoch_delivers_every_good_sample_in_its_place(clips):
 def test_encoding_keeps_every_good_sample_once_or_stops_with_the_causes(clips, tmp_path, recwarn):
     def encode(folder, share):
         mean = Encoding(folder, {}, lambda batch: {"features": batch["semantic_frames"].float().mean((3, 4))})
-        precompute_shards(clips, [mean], collate, batch_size=50, workers=2, max_bad_share=share)
+        precompute_shards(clips, [mean], batch_size=50, workers=2, max_bad_share=share)
 
     encode(tmp_path / "all", 0.2)
     keys = [key for _, key, _ in Shards(str(tmp_path / "all/*.tar")).samples]

@@ -12,12 +12,14 @@ import torch
 import webdataset as wds
 from conftest import CLIP
 
+from data.batch import collate
 from data.clip import Clip
 from data.codec.decode import decode_clip
 from data.codec.mp4 import write_mp4
 from data.datamodule import VideoDataModule
-from data.datasets import ClipDataset, FixedClips, Stream, collate, read_prompts
-from data.encoded.precompute import Encoding, precompute_shards, share_of
+from data.datasets import ClipDataset, FixedClips, Stream, read_prompts
+from data.encoded.encoding import Encoding
+from data.encoded.precompute import precompute_shards, share_of
 from data.encoded.shards import check_fingerprint
 from data.order import PositionBatches, SampleOrder
 from data.rejected import Rejected
@@ -189,7 +191,7 @@ def test_bad_samples_are_left_out_of_encoded_shards_and_replaced_in_validation(d
     clips = ClipDataset(damaged, CLIP)
     with pytest.warns(UserWarning, match="train-000002 is left out.*does not decode"):
         positions = Encoding(tmp_path / "enc", {}, lambda batch: {"features": batch["position"]})
-        precompute_shards(clips, [positions], numbered, batch_size=3, workers=0)
+        precompute_shards(clips, [positions], batch_size=3, workers=0)
     assert len(Shards(str(tmp_path / "enc/*.tar"))) == 7
     assert [FixedClips(clips)[index]["sample"] for index in (1, 2, 3)] == [
         "train-000001",
@@ -258,7 +260,7 @@ def test_encoded_shards_say_what_the_parts_say_and_are_written_once(shards, tmp_
         return {"features": batch["semantic_frames"].float().mean((3, 4)) / 255}
 
     for _ in range(2):
-        precompute_shards(clips, [Encoding(tmp_path / "enc", {"encoder": "mean"}, encode)], collate, 5, workers=0)
+        precompute_shards(clips, [Encoding(tmp_path / "enc", {"encoder": "mean"}, encode)], 5, workers=0)
     assert calls == [5, 5, 5, 1]
     encoded = FixedClips(ClipDataset(Shards(str(tmp_path / "enc/*.tar")), CLIP))
     for index in (0, 15):
@@ -279,7 +281,7 @@ def test_few_long_clips_are_encoded_at_once(shards, tmp_path, monkeypatch, held,
         seen.append(len(batch["sample"]))
         return {"features": batch["semantic_frames"]}
 
-    precompute_shards(clips, [Encoding(tmp_path / "enc", {}, encode)], collate, batch_size=5, workers=0)
+    precompute_shards(clips, [Encoding(tmp_path / "enc", {}, encode)], batch_size=5, workers=0)
     assert seen == sizes
 
 
@@ -289,7 +291,7 @@ def test_each_rank_encodes_its_share_whenever_it_begins(shards, tmp_path):
     def encode(rank, folder):
         options = {"batch_size": 5, "workers": 0, "rank": rank, "world_size": 2}
         mean = Encoding(folder, {}, lambda batch: {"features": batch["semantic_frames"].float().mean((3, 4))})
-        precompute_shards(clips, [mean], collate, **options)
+        precompute_shards(clips, [mean], **options)
         return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
 
     first, both = encode(0, tmp_path / "a"), encode(1, tmp_path / "a")
@@ -313,7 +315,7 @@ def test_one_decode_feeds_several_encodings_and_only_what_is_missing_is_made(sha
 
     def made(folder, *names):
         encodings = [Encoding(folder / name, {}, ways[name]) for name in names]
-        precompute_shards(clips, encodings, collate, batch_size=5, workers=0)
+        precompute_shards(clips, encodings, batch_size=5, workers=0)
         return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.tar")}
 
     clips = Counted(Shards(str(shards / "shards/toy/*.tar")), CLIP)

@@ -5,8 +5,10 @@ import torch
 from conftest import CLIP, CONFIGS
 from test_stages import stage
 
-from data.datasets import ClipDataset, Stream, collate
-from data.encoded.precompute import Encoding, precompute_shards
+from data.batch import collate
+from data.datasets import ClipDataset, Stream
+from data.encoded.encoding import Encoding
+from data.encoded.precompute import precompute_shards
 from data.encoded.shards import check_fingerprint
 from data.shards.index import index_path
 from data.shards.reader import Shards
@@ -34,13 +36,13 @@ def text_encoder(tmp_path_factory) -> str:
 
 
 def encoding(made, folder) -> Encoding:
-    return Encoding(folder, made.frozen.fingerprint(), made.frozen.encode)
+    return Encoding(folder, made.frozen.fingerprint(), made.frozen.precompute)
 
 
 def batches(made, shards, folder):
     """The same four training samples from video shards and from those that a stage makes of them."""
     clips = ClipDataset(Shards(str(shards / "shards/toy/heldout-*.tar")), CLIP)
-    precompute_shards(clips, [encoding(made, folder)], collate, batch_size=3, workers=0)
+    precompute_shards(clips, [encoding(made, folder)], batch_size=3, workers=0)
     for dataset in (clips, ClipDataset(Shards(str(folder / "*.tar")), CLIP)):
         stream = Stream(dataset, seed=0, open_shards=1)
         yield collate([stream[position] for position in range(4)])
@@ -52,7 +54,7 @@ def test_losses_are_those_of_video_shards_and_the_text_encoder_rests(cls, shards
     video, encoded = batches(made, shards, tmp_path / "enc")
     lengths = [len(ids) for ids in made.text.tokenizer(video["caption"]).input_ids]
     assert [len(text) for text in encoded["text"]] == lengths and "frames" not in encoded
-    torch.testing.assert_close(made.prompt(encoded, 0.5), made.prompt(video, 0.5), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(made.frozen.prompt(encoded, 0.5), made.frozen.prompt(video, 0.5), rtol=1e-3, atol=1e-3)
     loss = made.training_step(video, 0)
     calls = []
     made.text.model.register_forward_hook(lambda *args: calls.append(args))
@@ -128,6 +130,6 @@ def test_a_learnt_text_encoder_reads_captions(shards, tmp_path, text_encoder):
     check_fingerprint(tmp_path / "enc", learnt.frozen.fingerprint())
     learnt.training_step(encoded, 0)
     clips = ClipDataset(Shards(str(shards / "shards/toy/heldout-*.tar")), CLIP)
-    precompute_shards(clips, [encoding(learnt, tmp_path / "other")], collate, batch_size=16, workers=0)
+    precompute_shards(clips, [encoding(learnt, tmp_path / "other")], batch_size=16, workers=0)
     with pytest.raises(UserError, match=f"made with text_encoder None, the config says '{text_encoder}'"):
         check_fingerprint(tmp_path / "other", made.frozen.fingerprint())

@@ -1,11 +1,13 @@
 """What semantic tokens may and may not change; the network against diffusers' Wan is in test_pretrained.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_semgen.errors import UserError
-from lightning_semgen.model.condition import SemanticTokens
+from lightning_semgen.model.condition import Condition, SemanticTokens
 from lightning_semgen.model.positions import Grid, rotary_positions
 from lightning_semgen.model.sizes import SIZES, Size, size_of
 from lightning_semgen.model.transformer import VideoTransformer
@@ -25,36 +27,39 @@ def inputs(seed: int = 1):
     torch.manual_seed(seed)
     seconds = tuple(4 * k / 24 for k in range(3))
     semantics = SemanticTokens(torch.randn(2, 1, 3, 3, 8), torch.tensor([0.0, 0.2]), Grid((0.3125,), 3, 3))
-    return (torch.randn(2, 4, 3, 6, 6), torch.tensor([0.2, 0.8]), torch.randn(2, 5, 20), seconds), semantics
+    z, t, text = torch.randn(2, 4, 3, 6, 6), torch.tensor([0.2, 0.8]), torch.randn(2, 5, 20)
+    return z, t, Condition(text, semantics), seconds
 
 
 def test_a_network_that_can_take_semantics_equals_one_that_never_heard_of_them():
-    arguments, _ = inputs()
+    z, t, condition, seconds = inputs()
+    arguments = z, t, Condition(condition.text), seconds
     assert torch.equal(network(8)(*arguments), network(None)(*arguments))
 
 
 def test_semantics_and_their_noise_level_change_the_prediction():
-    arguments, semantics = inputs()
-    model = network()
-    plain, told = model(*arguments), model(*arguments, semantics)
-    louder = model(*arguments, SemanticTokens(semantics.z, semantics.tau + 0.5, semantics.grid))
+    z, t, condition, seconds = inputs()
+    model, semantics = network(), condition.semantics
+    noisier = replace(semantics, tau=semantics.tau + 0.5)
+    plain, told, louder = (
+        model(z, t, Condition(condition.text, tokens), seconds) for tokens in (None, semantics, noisier)
+    )
     assert (plain - told).abs().max() > 1e-3
     assert (louder - told).abs().max() > 1e-5
 
 
 def test_the_first_prediction_is_zero():
-    arguments, semantics = inputs()
-    assert VideoTransformer(4, 20, TINY, semantic_dim=8)(*arguments, semantics).abs().max() == 0
+    assert VideoTransformer(4, 20, TINY, semantic_dim=8)(*inputs()).abs().max() == 0
 
 
 def test_steps_that_look_the_same_are_told_apart_by_absolute_time_alone():
-    (z, t, text, seconds), _ = inputs()
-    alike = torch.ones_like(z)
+    z, t, condition, seconds = inputs()
+    alike, rest = torch.ones_like(z), (t, Condition(condition.text), seconds)
     relative, absolute = network(), network(absolute_time=True)
-    torch.testing.assert_close(absolute(z, t, text, seconds), relative(z, t, text, seconds), rtol=0, atol=0)
+    torch.testing.assert_close(absolute(z, *rest), relative(z, *rest), rtol=0, atol=0)
     torch.nn.init.normal_(absolute.time_embedding.weight)
     for model, differs in ((relative, False), (absolute, True)):
-        v = model(alike, t, text, seconds)
+        v = model(alike, *rest)
         assert ((v[:, :, 0] - v[:, :, 2]).abs().max() > 1e-2) == differs
 
 
@@ -79,18 +84,17 @@ def test_an_unknown_size_is_named():
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_a_clip_is_in_a_batch_what_it_is_alone(dtype, close):
-    (z, t, text, seconds), semantics = inputs()
-    model = network().to(dtype)
-    together = model(z, t, text, seconds, semantics)
+    z, t, condition, seconds = inputs()
+    model, text, semantics = network().to(dtype), condition.text, condition.semantics
+    together = model(z, t, condition, seconds)
     for row in (slice(0, 1), slice(1, 2)):
         own = SemanticTokens(semantics.z[row], semantics.tau[row], semantics.grid)
-        alone = model(z[row], t[row], text[row], seconds, own)
+        alone = model(z[row], t[row], Condition(text[row], own), seconds)
         assert alone.dtype == dtype and (alone - together[row]).abs().max() / together.std() < close
 
 
 def gradients(model: VideoTransformer) -> list[torch.Tensor]:
-    arguments, semantics = inputs()
-    model(*arguments, semantics).square().mean().backward()
+    model(*inputs()).square().mean().backward()
     return [p.grad for p in model.parameters()]
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from encoders.published.checkpoint import MissingWeights
 from lightning_semgen.commands.export import export, transformer_config
 from lightning_semgen.errors import UserError
+from lightning_semgen.model.condition import Condition
 from lightning_semgen.model.sizes import SIZES, Size
 from lightning_semgen.model.transformer import VideoTransformer
 from lightning_semgen.model.wan_weights import load_wan, wan_config
@@ -58,7 +59,7 @@ def assert_same(
     text = torch.randn(2, words, mine.condition_embedder.text_embedder.linear_1.in_features, dtype=dtype)
     seconds = tuple(k / 4 for k in range(shape[0]))  # Wan's latents at 16 fps, four frames each
     reference = model(z, t * 1000, text, return_dict=False)[0]
-    output = mine(z, t, text, seconds)
+    output = mine(z, t, Condition(text), seconds)
     assert output.dtype == dtype and apart(output, reference) <= min(close, 5e-5)
     loss = torch.randn_like(reference)
     (output * loss).sum().backward()
@@ -261,7 +262,7 @@ def test_an_exported_run_opens_in_diffusers_and_starts_another(workspace, lightn
     z, t, text = torch.randn(2, *stage.latent_shape), torch.tensor([0.3, 0.9]), torch.randn(2, 24, 128)
     with torch.no_grad():
         reference = model(z, t * 1000, text, return_dict=False)[0]
-        output = stage.ema.transformer(z, t, text, stage.seconds)
+        output = stage.ema.transformer(z, t, Condition(text), stage.seconds)
     assert output.std() > 0 and (output - reference).abs().max() / reference.std() <= 5e-5
     assert "exported is already there" in fails("export", "runs/latent_dim8", "exported", small=False)
     again = ("fit", "-c", f"{CONFIGS}/latent_dim8.yaml", *options, "--model.init_from=exported", "--model.lr=0")

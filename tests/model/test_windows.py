@@ -9,7 +9,7 @@ from test_transformer import TINY
 
 from lightning_semgen.errors import UserError
 from lightning_semgen.model import blocks, transformer
-from lightning_semgen.model.condition import SemanticTokens
+from lightning_semgen.model.condition import Condition, SemanticTokens
 from lightning_semgen.model.positions import Grid
 from lightning_semgen.model.transformer import VideoTransformer
 from lightning_semgen.model.windows import windows_of
@@ -105,7 +105,7 @@ def inputs(tokens: tuple[Grid, ...]) -> tuple:
     if len(tokens) == 2:
         shape = (len(tokens[1].seconds), tokens[1].height, tokens[1].width)
         semantics = SemanticTokens(torch.randn(2, *shape, 8), torch.tensor([0.0, 0.2]), tokens[1])
-    return z, t, text, tokens[0].seconds, semantics
+    return z, t, Condition(text, semantics), tokens[0].seconds
 
 
 @pytest.mark.parametrize(("seconds", "steps", "semantic_step"), CASES)

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from data.toy.world import Composition, compositions, render
 from lightning_semgen.evaluation.adherence import Adherence, wilson_lower
 from lightning_semgen.evaluation.channel_statistics import ChannelStatistics
-from lightning_semgen.evaluation.flow_loss_bands import TimeBands
+from lightning_semgen.evaluation.flow_loss_bands import FlowLossBands
 from lightning_semgen.video.pictures import add_animation, animated_table, contact_sheet, file_name
 
 VIDEOS = torch.randint(0, 255, (3, 9, 3, 16, 24), dtype=torch.uint8)
@@ -64,7 +64,7 @@ def test_file_names_are_safe():
 
 
 def test_bands_of_t_hold_the_means_of_their_samples():
-    bands = TimeBands()
+    bands = FlowLossBands()
     bands.update(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.2]))
     bands.update(torch.tensor([5.0]), torch.tensor([1.0]))
     assert bands.compute() == {"": 3.0, "t 0.00-0.25": 2.0, "t 0.75-1.00": 5.0}

@@ -1,0 +1,55 @@
+"""How what is encoded of a clip is cut from what is encoded of a longer one; `cuts` says which parts can be."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """How a part of an encoded clip is cut from that of a longer one.
+
+    Attributes:
+        axis: of time, in one sample's tensor.
+        steps: of a clip.
+        stride: steps from one start to the next.
+        own: steps at a clip's beginning that depend on where it begins; `steps` where nothing is kept once.
+        frames: of the clip, from which its own steps are made; None: all.
+    """
+
+    axis: int
+    steps: int
+    stride: int
+    own: int
+    frames: int | None = None
+
+    @classmethod
+    def of(cls, axis: int, steps: int, stride: int, own: int, frames: int | None = None) -> "Part":
+        """All steps are own ones where that takes less space than these and what is kept once."""
+        return cls(axis, steps, stride, own, frames) if own + stride < steps else cls(axis, steps, stride, steps)
+
+    @property
+    def is_cut(self) -> bool:
+        return self.own < self.steps
+
+    def own_name(self, start: int) -> str:
+        return f"start{start}.npy"
+
+    def piece_names(self, start: int) -> list[str]:
+        """Pieces of `stride` steps that hold what follows the own steps of a clip."""
+        first = start * self.stride
+        return [f"{n}.npy" for n in range((first + self.own) // self.stride, -(-(first + self.steps) // self.stride))]
+
+    def names(self, start: int) -> list[str]:
+        """Everything that a clip is cut from, in order."""
+        own = [self.own_name(start)] if self.own else []
+        return own + (self.piece_names(start) if self.is_cut else [])
+
+    def cut(self, tensors: list[Tensor]) -> Tensor:
+        """The clip of what `names` says."""
+        if not self.is_cut:
+            return tensors[0]
+        own, pieces = ([tensors[0]], tensors[1:]) if self.own else ([], tensors)
+        rest = torch.cat(pieces, self.axis).narrow(self.axis, self.own % self.stride, self.steps - self.own)
+        return torch.cat([*own, rest], self.axis)
