@@ -1,4 +1,12 @@
-"""The registry of frozen semantic encoders: one table, one function."""
+"""The registry of frozen semantic encoders: one table, one function.
+
+base.py     what a frozen part is, what an encoder promises
+toy.py      the embedded encoder, a tiny VideoMAE
+text.py     text encoders: learnt from bytes, or of transformers
+published/  the encoders that others have published
+vae/        video VAEs behind one interface; the VAE as an encoder
+weights/    the embedded weights
+"""
 
 from dataclasses import dataclass, fields, replace
 from importlib import import_module

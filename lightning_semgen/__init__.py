@@ -1,4 +1,21 @@
-"""Text-to-video generation in semantic space (SemanticGen, arXiv 2512.20619)."""
+"""Text-to-video generation in semantic space (SemanticGen, arXiv 2512.20619).
+
+cli.py        the `lightning` command
+trainer_cli.py  fit, validate, test and predict, by LightningCLI
+runs.py       a run as a folder: config, checkpoints, loading
+generator.py  trained runs as a function from prompts to videos
+cost.py       FLOPs and memory of a training step, counted without content
+resources.py  memory by part, FLOPs and time of a fit
+hardware.py   the GPUs whose datasheets are known
+errors.py     the error a user can cause
+commands/     its subcommands
+callbacks/    what goes on beside the training
+stages/       the LightningModules
+evaluation/   metrics
+training/     optimiser, strategies, checkpoints
+model/        the networks
+video/        generated videos, and pictures of them
+"""
 
 
 def __getattr__(name: str):

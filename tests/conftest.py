@@ -16,7 +16,8 @@ from data.clip import Clip  # noqa: E402
 from data.toy.shards import render_toy_world  # noqa: E402
 from lightning_semgen.cli import main  # noqa: E402
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS, SHARED = ROOT / "configs", ROOT.parent / "shared"  # what is shared lies beside a checkout
 CLIP = Clip(49, 48, 48, 24.0, 1.6)
 LONG = Clip(241, 48, 48, 4.0, 0.2666667)  # of configs/long.yaml
 
@@ -50,6 +51,17 @@ def workspace(shards, tmp_path, monkeypatch) -> Path:
     """An empty current folder that sees the session's shards."""
     monkeypatch.chdir(see(shards, tmp_path))
     return tmp_path
+
+
+def stage(cls, clip=CLIP, **options):
+    """A stage without a trainer, whose generator is no longer the one that predicts 0."""
+    torch.manual_seed(0)
+    made = cls(clip=clip, sampling_steps=2, **options)
+    for network in (made.generator, made.ema):
+        torch.nn.init.normal_(network.transformer.proj_out.weight, std=0.1)
+    made.log = lambda *args, **kwargs: None  # there is no trainer
+    made._trainer = None
+    return made
 
 
 def save_text_encoder(folder: Path, dim: int, parts: tuple[str, str] = ("", "")) -> None:

@@ -18,7 +18,7 @@ from data.encoded.cuts import Stretches
 from data.encoded.encoding import Encoding
 from data.interface import ClipModel
 from data.rejected import Rejected, RejectionCount
-from data.shards.writer import remove_partial, shard_writer
+from data.shards.writer import remove_unfinished, shard_writer
 from data.workers import prepare_worker
 from lightning_semgen.errors import UserError
 
@@ -97,7 +97,7 @@ def precompute_shards(
             loader = DataLoader(part, batch_size, collate_fn=_sift, **worker_options)
             wanted = [(e, paths[shard]) for e, paths in zip(encodings, missing, strict=True) if shard in paths]
             for _, path in wanted:
-                remove_partial(path)
+                remove_unfinished(path)
             _write(_good(loader, progress, tally, max_bad_share), wanted)
 
 

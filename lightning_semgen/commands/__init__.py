@@ -2,6 +2,12 @@
 
 A command is a function with the name of its file. Its options are its typed parameters, and `--help` is its docstring;
 one that reads the config of a fit takes its arguments as they are, for LightningCLI's parser.
+
+pack.py    captioned videos into shards
+encode.py  encoded shards ahead of a fit
+plan.py    what a fit will need
+doctor.py  an encoder's features of a video, as a picture
+export.py  a run's weights for use elsewhere
 """
 
 from importlib import import_module

@@ -24,7 +24,7 @@ FPS, SEMANTIC_FPS, SECONDS, SIDE = 24.0, 1.6, 5.0, 480  # of the clip: its first
 
 
 def doctor(
-    encoder: str, video: Path, output: Path = Path("features.png"), encoder_options: dict[str, Any] | None = None
+    *, encoder: str, video: Path, output: Path = Path("features.png"), encoder_options: dict[str, Any] | None = None
 ) -> None:
     """Shows what an encoder sees in a video: the first three principal components of its features, as colours.
 

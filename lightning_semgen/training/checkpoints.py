@@ -39,8 +39,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """A checkpoint is whole or not there: written beside its place, then renamed. Folders are read too."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        super().save_checkpoint(checkpoint, partial(path), storage_options)
-        replace(path)
+        super().save_checkpoint(checkpoint, unfinished_path(path), storage_options)
+        put_in_place(path)
 
     def load_checkpoint(self, path: str | Path, *args, **kwargs) -> dict[str, Any]:
         if Path(path).is_dir():
@@ -48,26 +48,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **kwargs)
 
 
-def partial(path: str | Path) -> Path:
+def unfinished_path(path: str | Path) -> Path:
     """Where the checkpoint of that path is written to."""
     return Path(path).with_name(Path(path).name + ".partial")
 
 
-def replace(path: str | Path) -> None:
+def put_in_place(path: str | Path) -> None:
     """Puts what was written in its place; where a folder comes or goes, what was there is first moved aside."""
     path = Path(path)
-    if partial(path).is_file() and not path.is_dir():
-        partial(path).replace(path)
+    if unfinished_path(path).is_file() and not path.is_dir():
+        unfinished_path(path).replace(path)
         return
     before = path.with_name(path.name + ".before")
-    remove(before)
+    delete(before)
     if path.exists():
         path.rename(before)
-    partial(path).rename(path)
-    remove(before)
+    unfinished_path(path).rename(path)
+    delete(before)
 
 
-def remove(path: Path) -> None:
+def delete(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -23,7 +23,7 @@ from encoders.text import ByteTextEncoder
 from lightning_semgen.model.blocks import Block
 from lightning_semgen.model.compressor import MLP
 from lightning_semgen.model.transformer import VideoTransformer
-from lightning_semgen.training.checkpoints import partial, remove, replace
+from lightning_semgen.training.checkpoints import delete, put_in_place, unfinished_path
 
 # Each is gathered as a whole when it is called. Together they hold every parameter of a stage, since what is called
 # outside of training_step, as sampling is, is gathered by none of the modules around it.
@@ -49,11 +49,11 @@ class Checkpoints(Strategy):
         if not self.distributed_checkpoint:
             return Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
         if self.is_global_zero:
-            remove(partial(filepath))
+            delete(unfinished_path(filepath))
         self.barrier()
-        super().save_checkpoint(checkpoint, partial(filepath), storage_options)
+        super().save_checkpoint(checkpoint, unfinished_path(filepath), storage_options)
         if self.is_global_zero:
-            replace(filepath)
+            put_in_place(filepath)
 
 
 class FSDP(Checkpoints, FSDPStrategy):

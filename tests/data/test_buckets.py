@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CLIP, CONFIGS
+from conftest import CLIP, CONFIGS, stage
 from test_data import deliver
-from test_stages import stage
 
 from data.buckets import BlockOrder, BucketStream, clips_of, fitting, split_into
 from data.clip import Clip

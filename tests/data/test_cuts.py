@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLIP, CONFIGS, save_text_encoder
-from test_stages import stage
+from conftest import CLIP, CONFIGS, save_text_encoder, stage
 
 from data.clip import Clip
 from data.codec.decode import decode_clip
@@ -145,7 +144,9 @@ def test_a_cut_clip_is_the_clip_that_lies_there(name, clip, films, tmp_path):
         assert len(samples) == (1 if index == 3 else 5 if clip is CLIP else 3)
         for start, sample in samples.items():
             frames = decode_clip(videos.read(index)["mp4"], clip, start)
-            alone = made.frozen.precompute({"frames": frames[None], "semantic_frames": frames[clip.semantic_indices][None]})
+            alone = made.frozen.precompute(
+                {"frames": frames[None], "semantic_frames": frames[clip.semantic_indices][None]}
+            )
             for part, (tensor,) in alone.items():
                 torch.testing.assert_close(sample[part], tensor, rtol=1e-3, atol=1e-3)
 

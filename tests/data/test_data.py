@@ -190,7 +190,7 @@ def test_bad_samples_are_replaced_and_reported(damaged):
 def test_bad_samples_are_left_out_of_encoded_shards_and_replaced_in_validation(damaged, tmp_path):
     clips = ClipDataset(damaged, CLIP)
     with pytest.warns(UserWarning, match="train-000002 is left out.*does not decode"):
-        positions = Encoding(tmp_path / "enc", {}, lambda batch: {"features": batch["position"]})
+        positions = Encoding(tmp_path / "enc", {}, lambda batch: {"features": torch.zeros(len(batch["info"]), 1)})
         precompute_shards(clips, [positions], batch_size=3, workers=0)
     assert len(Shards(str(tmp_path / "enc/*.tar"))) == 7
     assert [FixedClips(clips)[index]["sample"] for index in (1, 2, 3)] == [
@@ -198,10 +198,6 @@ def test_bad_samples_are_left_out_of_encoded_shards_and_replaced_in_validation(d
         "train-000003",
         "train-000003",
     ]
-
-
-def numbered(samples):
-    return collate([{**sample, "position": 0} for sample in samples])
 
 
 def test_all_bad_is_an_error(tmp_path):

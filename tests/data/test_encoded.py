@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import CLIP, CONFIGS
-from test_stages import stage
+from conftest import CLIP, CONFIGS, stage
 
 from data.batch import collate
 from data.datasets import ClipDataset, Stream

@@ -10,13 +10,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from conftest import SHARED
 from test_wild import with_display_matrix
 
 from data.codec.decode import display_matrix, opened, pixel_aspect, timed
 from data.codec.hdr import PQ
 from data.pack.segments import Segment, measure, split
 
-CLIPS = Path(os.environ.get("SEMGEN_CLIPS", Path(__file__).parents[3] / "shared/clips"))
+CLIPS = Path(os.environ.get("SEMGEN_CLIPS", SHARED / "clips"))
 needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="no folder of wild clips: name one in SEMGEN_CLIPS")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from conftest import SHARED
 
 from data.clip import Clip
 from data.codec.decode import decode_clip
@@ -19,7 +20,7 @@ from data.pack.probe import probe
 from data.rejected import Rejected
 from data.shards.index import MEASURED
 
-CLIPS = Path(os.environ.get("SEMGEN_CLIPS", Path(__file__).parents[3] / "shared/clips"))
+CLIPS = Path(os.environ.get("SEMGEN_CLIPS", SHARED / "clips"))
 needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="no folder of wild clips: name one in SEMGEN_CLIPS")
 GREYS = np.arange(20, 244, 14, np.uint8).reshape(4, 4)  # of the cells of a picture
 TURNS = {  # display matrix a, b, c, d: what it makes of a picture

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import CONFIGS
+from conftest import CONFIGS, SHARED
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import save_file
@@ -23,7 +23,7 @@ from encoders import ENCODERS, build_encoder
 from encoders.published.resize import KERNELS, resize
 from lightning_semgen.errors import UserError
 
-PARITY = Path(os.environ.get("SEMGEN_PARITY", Path(__file__).parents[3] / "shared/parity"))
+PARITY = Path(os.environ.get("SEMGEN_PARITY", SHARED / "parity"))
 TINY = {"width": 48, "depth": 3, "heads": 4, "mlp": 100, "size": 64}
 FAMILIES = {
     "qwen2_5_vl_3b": {"width": 64, "depth": 3, "heads": 4, "mlp": 100, "out": 96, "full_attention": [1]},

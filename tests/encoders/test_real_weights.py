@@ -9,6 +9,7 @@ import av
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SHARED
 from safetensors.torch import load_file
 
 from data.clip import Clip
@@ -17,7 +18,6 @@ from encoders.vae.base import build_vae
 from lightning_semgen.errors import UserError
 from lightning_semgen.stages.latent import LatentStage
 
-SHARED = Path(__file__).parents[3] / "shared"
 WEIGHTS = Path(os.environ.get("SEMGEN_WEIGHTS", SHARED / "weights"))
 MOBILENET = WEIGHTS / "mobilenet_v2_100_224_deq.safetensors"
 CLIPS = Path(os.environ.get("SEMGEN_CLIPS", SHARED / "clips"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CLIP
+from conftest import CLIP, stage
 
 from data.batch import collate
 from data.datasets import ClipDataset, Stream
@@ -21,16 +21,6 @@ CAPTIONS = ["a small red circle moves left", "a big blue pillar goes up"]
 def batch(shards):
     stream = Stream(ClipDataset(Shards(str(shards / "shards/toy/train-*.tar")), CLIP), seed=0, open_shards=1)
     return collate([stream[position] for position in range(4)])
-
-
-def stage(cls, clip=CLIP, **options):
-    torch.manual_seed(0)
-    made = cls(clip=clip, sampling_steps=2, **options)
-    for network in (made.generator, made.ema):
-        torch.nn.init.normal_(network.transformer.proj_out.weight, std=0.1)
-    made.log = lambda *args, **kwargs: None  # there is no trainer
-    made._trainer = None
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +54,7 @@ def test_the_generator_sees_semantics_through_a_stop_gradient(semantic, batch):
     z_sem = semantic.space(batch)
     assert z_sem.requires_grad and z_sem.shape == (4, 2, 3, 3, 8)
     weight = semantic.space.compressor.mlp[0].weight
-    semantic.training_step(batch, 0).backward()
+    semantic.training_step(batch, 0)["loss"].backward()
     learnt, weight.grad = weight.grad, None
     losses = semantic.losses(batch, torch.rand(4), semantic.frozen.prompt(batch))
     del losses["flow_loss"]
@@ -76,7 +66,7 @@ def test_the_generator_sees_semantics_through_a_stop_gradient(semantic, batch):
 
 def test_in_the_papers_order_the_flow_loss_teaches_the_compressor(latent, batch):
     latent.zero_grad()
-    latent.training_step(batch, 0).backward()
+    latent.training_step(batch, 0)["loss"].backward()
     assert latent.space.compressor.mlp[0].weight.grad.abs().max() > 0
     latent.zero_grad()
 
@@ -87,7 +77,7 @@ def test_everything_random_belongs_to_the_sample(latent, batch):
         name: values[order] if isinstance(values, torch.Tensor) else [values[i] for i in order]
         for name, values in batch.items()
     }
-    torch.testing.assert_close(latent.training_step(batch, 0), latent.training_step(shuffled, 0))
+    torch.testing.assert_close(latent.training_step(batch, 0)["loss"], latent.training_step(shuffled, 0)["loss"])
     half = {name: values[:2] for name, values in batch.items()}
     torch.testing.assert_close(latent.space(half), latent.space(batch)[:2])
 
@@ -104,10 +94,10 @@ def test_the_same_prompt_and_seed_give_the_same_video(semantic, latent):
 
 def test_guidance_of_scale_one_equals_no_guidance(semantic):
     keys = torch.tensor([5, 6])
-    shape, empty = (8, 2, 3, 3), ["", ""]
-    plain = semantic.sample(shape, CAPTIONS, keys, None, [])
-    assert torch.equal(semantic.sample(shape, CAPTIONS, keys, None, [(empty, None, 1.0)]), plain)
-    assert not torch.allclose(semantic.sample(shape, CAPTIONS, keys, None, [(empty, None, 3.0)]), plain)
+    shape, told, empty = (8, 2, 3, 3), semantic.condition(CAPTIONS), semantic.condition(["", ""])
+    plain = semantic.sample(shape, keys, told, [])
+    assert torch.equal(semantic.sample(shape, keys, told, [(empty, 1.0)]), plain)
+    assert not torch.allclose(semantic.sample(shape, keys, told, [(empty, 3.0)]), plain)
 
 
 def test_dropped_semantics_are_pure_noise_and_are_told_so(batch):
@@ -134,7 +124,7 @@ def test_token_times_of_both_streams_agree(latent):
 def test_the_one_stage_baseline_needs_no_semantics(batch):
     made = stage(LatentStage, encoder="none")
     assert made.space is None and made.can_make_videos()
-    made.training_step(batch, 0).backward()
+    made.training_step(batch, 0)["loss"].backward()
     assert previews(made.videos(CAPTIONS, torch.tensor([1, 2]))).shape == (2, 49, 3, 48, 48)
     with pytest.raises(UserError, match="cannot be none"):
         stage(SemanticStage, encoder="none")

@@ -20,7 +20,7 @@ from conftest import CONFIGS, SMALL, on_two_ranks
 
 from lightning_semgen.cli import main
 from lightning_semgen.runs import load_checkpoint, load_stage
-from lightning_semgen.training.checkpoints import partial, replace
+from lightning_semgen.training.checkpoints import put_in_place, unfinished_path
 
 
 def fit(run: str, steps: int, *args: str, config: str = "dim8") -> list[str]:
@@ -137,8 +137,8 @@ def write(path: Path, kind: str) -> None:
 def test_a_checkpoint_takes_the_place_of_any_other(before, after, tmp_path):
     path = tmp_path / "last.ckpt"
     write(path, before)
-    write(partial(path), after)
-    replace(path)
+    write(unfinished_path(path), after)
+    put_in_place(path)
     assert list(tmp_path.iterdir()) == [path]
     assert (path if after == "file" else path / "meta.pt").read_text() == "last.ckpt.partial"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import pytest
 import torch
+from conftest import ROOT
 
 from encoders.vae.base import build_vae
 from lightning_semgen.video.generated import GeneratedVideo, LatentVideo
@@ -26,7 +27,7 @@ def playable(path: Path) -> int:
         return sum(1 for _ in file.decode(video=0))
 
 
-def test_chunks_are_the_video_and_glimpses_are_evenly_spaced():
+def test_chunks_are_the_video_and_preview_frames_are_evenly_spaced():
     for steps in (1, 13, 61):
         video, whole = LatentVideo(latents(steps), VAE), VAE.decode(latents(steps)[None])[0]
         assert torch.equal(torch.cat(list(video)), whole) and len(video) == len(whole)
@@ -59,16 +60,16 @@ def test_a_file_plays_before_the_last_frames_are_decoded(tmp_path):
 def test_memory_does_not_grow_with_length(tmp_path):
     code = """
 import resource, sys, torch
-from data.mp4 import write_mp4
+from data.codec.mp4 import write_mp4
 from encoders.vae import build_vae
-from lightning_semgen.video import LatentVideo
+from lightning_semgen.video.generated import LatentVideo
 torch.set_num_threads(1)
 vae = build_vae("toy")
 for seconds in (5, 60):
     write_mp4(LatentVideo(torch.randn(vae.channels, 6 * seconds + 1, 6, 6), vae), sys.argv[1], growing=True)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(tmp_path / "video.mp4")]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     short, long = (int(line) / 1024 for line in done.stdout.split())  # MB

@@ -1,0 +1,37 @@
+"""WebDataset tar shards, written at once or not at all."""
+
+import glob
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import webdataset as wds
+
+from data.shards.index import read_index, unfinished_path
+
+
+@contextmanager
+def shard_writer(path: Path) -> Iterator[Callable[[dict], None]]:
+    """Writes samples {"__key__": …, "mp4": bytes, "json": dict, …} as they come, at the end the index; neither is there
+    before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = unfinished_path(path)
+    try:
+        with wds.TarWriter(str(unfinished), mtime=0) as writer:
+            yield writer.write
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    read_index(path)
+
+
+def remove_unfinished(path: Path) -> None:
+    """What a killed process had begun of a shard; nobody may be writing it."""
+    for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        unfinished.unlink()
+
+
+def write_shard(path: Path, samples: Iterable[dict]) -> None:
+    with shard_writer(path) as write:
+        for sample in samples:
+            write(sample)
