@@ -1,21 +1,15 @@
 """What the two stages share: a generator prompted by text, and how it learns, validates and samples."""
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from lightning import LightningModule
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from data import random_numbers
 from data.batch import Batch
 from data.clip import Clip
-from data.encoded.parts import Part
 from lightning_semgen.errors import UserError
 from lightning_semgen.model import flow
 from lightning_semgen.model.condition import Condition, SemanticTokens
@@ -23,19 +17,18 @@ from lightning_semgen.model.generator_network import GeneratorNetwork
 from lightning_semgen.model.sizes import size_of
 from lightning_semgen.model.transformer import VideoTransformer
 from lightning_semgen.model.wan_weights import LATENTS_PER_SECOND, load_wan
+from lightning_semgen.stages.clip_stage import ClipStage
 from lightning_semgen.stages.compressor_learning import CompressorLearning
 from lightning_semgen.stages.frozen_parts import FrozenParts
 from lightning_semgen.stages.partner import is_trained, load_partner
 from lightning_semgen.stages.semantic_space import SemanticSpace
-from lightning_semgen.training.ema import ema_copy, update_ema
 from lightning_semgen.training.optimizer import adamw
-from lightning_semgen.training.strategies import named, shard
 from lightning_semgen.video.generated import LatentVideo
 
 Guidance = list[tuple[Condition, float]]  # conditions to be moved away from, each with its scale
 
 
-class Stage(LightningModule):
+class Stage(ClipStage):
     """A text-prompted generator trained by rectified flow.
 
     Args:
@@ -137,8 +130,7 @@ class Stage(LightningModule):
             channels, text.dim, self.size, patch, semantic_dim, rotary_rate, window_seconds, self.checkpoint_blocks,
             absolute_time, self.keep_attention,
         )  # fmt: skip
-        self.generator = GeneratorNetwork(text if text.learnt else nn.Identity(), transformer)
-        self.ema = ema_copy(self.generator)
+        self.train_network(GeneratorNetwork(text if text.learnt else nn.Identity(), transformer))
 
     @property
     def learns_compressor(self) -> bool:
@@ -150,74 +142,12 @@ class Stage(LightningModule):
     def setup(self, stage: str) -> None:
         self.frozen.to(self.device)
         if stage == "fit" and self.compile_blocks:
-            for network in (self.generator, self.ema):
-                network.transformer.compile(dynamic=False)
+            self.compile_networks()
         if stage == "fit" or self.trainer.ckpt_path:
             self.load_compressor()
         if stage == "fit" and self.init_from and not self.trainer.ckpt_path:
             load_wan(self.generator.transformer, self.init_from)
             self.ema.load_state_dict(self.generator.state_dict())
-
-    def configure_model(self) -> None:
-        if self.device_mesh is not None:  # under fsdp2
-            shard(self)
-
-    def load_compressor(self) -> None:
-        """A frozen compressor's weights, from the checkpoint that this stage starts from or the run that learnt it."""
-        if self.space is not None and self.space.run:
-            self.space.load_compressor(self.trainer.ckpt_path or self.space.run)
-
-    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> "Stage":
-        """Only the generator's dtype follows trainer.precision: averages and statistics would drown in bfloat16."""
-
-        def same_dtype(tensor: Tensor) -> Tensor:
-            moved = function(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        for child in self.children():
-            child._apply(function if child is self.generator else same_dtype)
-        return super()._apply(same_dtype, recurse=False)
-
-    # What the data asks of a model (data.interface.ClipModel)
-
-    def check_clip(self, clip: Clip) -> None:
-        """UserError for a clip that this stage cannot be trained on."""
-        if self.space is not None:
-            self.space.grid_of(clip)
-
-    @property
-    def needs_video(self) -> bool:
-        return self.frozen.needs_video
-
-    @property
-    def cut_parts(self) -> dict[str, Part]:
-        return self.frozen.cut_parts
-
-    def fingerprint(self) -> dict:
-        return self.frozen.fingerprint()
-
-    def precompute(self, batch: Batch, *only: str) -> dict[str, Tensor | list[Tensor]]:
-        """What `FrozenParts.precompute` says of a batch of clips, on the trainer's device."""
-        device = self.trainer.strategy.root_device
-        self.frozen.to(device)
-        if self.frozen.encode_semantics:
-            self.space.to(device)
-        return self.frozen.precompute(move_data_to_device(batch, device), *only)
-
-    # Clips of other shapes
-
-    def seconds_of(self, clip: Clip) -> tuple[float, ...]:
-        raise NotImplementedError
-
-    def shift_of(self, clip: Clip) -> float:
-        raise NotImplementedError
-
-    def clip_of(self, batch: Batch) -> Clip:
-        """The clip that a batch holds: the nominal one, unless it says a shape (num_frames, height, width)."""
-        if "shape" not in batch:
-            return self.clip
-        num_frames, height, width = batch["shape"][0]
-        return replace(self.clip, num_frames=num_frames, height=height, width=width)
 
     # Learning
 
@@ -249,22 +179,6 @@ class Stage(LightningModule):
         quantile = (0.5 + batch["position"].double() * (math.sqrt(5) - 1) / 2) % 1
         return self.time_distribution(torch.special.ndtri(quantile), self.shift).float()
 
-    def optimizer_step(self, *args, **kwargs) -> None:
-        super().optimizer_step(*args, **kwargs)
-        update_ema(self.ema, self.generator, self.ema_decay, self.global_step)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        model = self.trainer.strategy.model
-        if gradient_clip_val and gradient_clip_algorithm != "value" and isinstance(model, FullyShardedDataParallel):
-            model.clip_grad_norm_(gradient_clip_val)  # Lightning leaves it to us
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
     def configure_optimizers(self) -> dict:
         if (steps := self.trainer.max_steps) <= 0:
             raise UserError("How long? Set trainer.max_steps: the learning rate falls to 0 there.")
@@ -278,13 +192,10 @@ class Stage(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        super().on_save_checkpoint(checkpoint)
         frozen = not self.learns_compressor or self.global_step > self.compressor_steps
         checkpoint["fingerprint"] = self.fingerprint()
         checkpoint["semantics"] = {"encoder": "none"} if self.space is None else self.space.facts | {"frozen": frozen}
-        # The sharded strategies name what is in the optimiser themselves.
-        if "optimizer_states" in checkpoint and self.trainer.strategy.lightning_restore_optimizer:
-            states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
-            checkpoint["optimizer_states"] = [named(state, optimizer, self) for state, optimizer in states]
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.frozen.check_trained_with(checkpoint.get("fingerprint", {}))

@@ -171,7 +171,7 @@ def test_both_stages_train_on_every_shape(cls, packed):
     seen = []
     made.generator.register_forward_hook(lambda network, inputs, output: seen.append(inputs))
     for (frames, height, width), batch in batches.items():
-        made.training_step(batch, 0).backward()
+        made.training_step(batch, 0)["loss"].backward()
         z, _, _, seconds, semantics = seen.pop()
         alone = cls(clip=Clip(frames, height, width, CLIP.fps, CLIP.semantic_fps))
         assert seconds == alone.seconds and len(seconds) == z.shape[2]

@@ -51,12 +51,12 @@ def batches(made, shards, folder):
 def test_losses_are_those_of_video_shards_and_the_text_encoder_rests(cls, shards, tmp_path, text_encoder):
     made = stage(cls, text_encoder=text_encoder, prompt_dropout=0.5)
     video, encoded = batches(made, shards, tmp_path / "enc")
-    lengths = [len(ids) for ids in made.text.tokenizer(video["caption"]).input_ids]
+    lengths = [len(ids) for ids in made.frozen.text.tokenizer(video["caption"]).input_ids]
     assert [len(text) for text in encoded["text"]] == lengths and "frames" not in encoded
     torch.testing.assert_close(made.frozen.prompt(encoded, 0.5), made.frozen.prompt(video, 0.5), rtol=1e-3, atol=1e-3)
     loss = made.training_step(video, 0)
     calls = []
-    made.text.model.register_forward_hook(lambda *args: calls.append(args))
+    made.frozen.text.model.register_forward_hook(lambda *args: calls.append(args))
     again = made.training_step(encoded, 0)
     torch.testing.assert_close(again, loss, rtol=1e-3, atol=0)
     assert not calls  # the empty prompt is known by now
