@@ -31,6 +31,9 @@ demo: install  ## toy videos, both stages from scratch, samples, numbers and pic
 test: install  ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+gpu: install  ## everything that needs a GPU, measured: docs/gpu.md
+	$(BIN)/python benchmarks/gpu.py
+
 test-gpu: install  ## the tests that need GPUs, on all there are
 	$(BIN)/python -m pytest tests/gpu
 
@@ -38,4 +41,4 @@ lint: install  ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-.PHONY: help install demo test test-gpu lint
+.PHONY: help install demo test gpu test-gpu lint

@@ -20,6 +20,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -29,22 +30,31 @@ import torch
 import train_step
 from lightning import Callback, LightningDataModule, Trainer
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiler
 from torch.utils.data import DataLoader
 
 from data.clip import Clip
 from encoders import build_encoder
 from encoders.vae.base import build_vae
 from lightning_semgen.callbacks.throughput import Throughput
-from lightning_semgen.cost import step_cost
-from lightning_semgen.model.sizes import SIZES
-from lightning_semgen.resources import Setting, memory
+from lightning_semgen.model.condition import Condition
+from lightning_semgen.model.sizes import SIZES, Size
+from lightning_semgen.model.transformer import VideoTransformer
+from lightning_semgen.resources import Setting, plan_fit
 from lightning_semgen.stages.latent import LatentStage
 
+OUT = Path("runs/gpu")  # or --out
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 ROOT = Path(__file__).parents[1]
 STEPS = 6  # of a fit
+
+
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
 
 
 def seconds_of(function: Callable[[], object], repeats: int = 5) -> float:
@@ -53,30 +63,23 @@ def seconds_of(function: Callable[[], object], repeats: int = 5) -> float:
     for _ in range(repeats + 1):
         start = time.perf_counter()
         function()
-        if GPU:
-            torch.cuda.synchronize()
+        synchronize()
         times.append(time.perf_counter() - start)
     return median(times[1:])
 
 
 def tests() -> dict:
     """tests/gpu: every strategy, bfloat16, compiled blocks, two ranks."""
-    log = Path(os.environ["GPU_OUT"], "tests.log")
-    command = ["timeout", "-k", "5", str(PARTS[tests] - 10), sys.executable, "-m", "pytest", "tests/gpu", "-v", "-rfE"]
-    workers = ["-n", str(min(12, os.cpu_count())), "-o", "addopts=", "--durations=5"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "2"}
+    log, environment = OUT / "tests.log", os.environ | {"OMP_NUM_THREADS": "2"}
+    environment["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    limit = ["timeout", "-k", "5", str(PARTS[tests] - 10)]
+    options = ["-v", "-rfE", "-n", str(min(12, os.cpu_count())), "-o", "addopts="]
     with log.open("w") as file:
-        subprocess.run([*command, *workers], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    lines = log.read_text().splitlines()
-    outcomes = dict(
-        re.findall(r"(?m)^\[gw\d+\].* (?:PASSED|FAILED) (\S+) *$", "\n".join(lines))
-        and [
-            (name, outcome)
-            for outcome, name in re.findall(r"(?m)^\[gw\d+\].*? (PASSED|FAILED) (\S+)", "\n".join(lines))
-        ]
-    )
-    failed = [name for name, outcome in outcomes.items() if outcome == "FAILED"]
-    return {"summary": lines[-1], "passed": len(outcomes) - len(failed), "failed": failed}
+        command = [*limit, sys.executable, "-m", "pytest", "tests/gpu", *options]
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    outcomes = re.findall(r"(?m)^\[gw\d+\].*? (PASSED|FAILED) (\S+)", log.read_text())
+    failed = [name for outcome, name in outcomes if outcome == "FAILED"]
+    return {"passed": len(outcomes) - len(failed), "failed": failed, "last line": log.read_text().splitlines()[-1]}
 
 
 def attention() -> dict:
@@ -167,63 +170,48 @@ def fit(compiled: bool = False) -> dict:
         )  # fmt: skip
     waits = Waits()
     trainer = Trainer(
-        accelerator="gpu" if GPU else "cpu", devices=1, precision="bf16-mixed", max_steps=STEPS + 1, max_epochs=1, logger=False,
-        callbacks=[Throughput(), waits], enable_checkpointing=False, enable_model_summary=False, log_every_n_steps=2,
-        enable_progress_bar=False,
+        accelerator="gpu" if GPU else "cpu", devices=1, precision="bf16-mixed", max_steps=STEPS + 1, max_epochs=1,
+        logger=False, callbacks=[Throughput(), waits], enable_checkpointing=False, enable_model_summary=False,
+        log_every_n_steps=2, enable_progress_bar=False,
     )  # fmt: skip
     trainer.fit(stage, datamodule=Batches(stage, STEPS))
     speed = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("speed/")}
-    parts = memory(stage, Setting("auto", "bf16-mixed", 1, 1, 1, STEPS))
-    activations = step_cost(stage, checkpoint_blocks=True, dtype=torch.bfloat16).activations
-    planned = {
-        "planned memory_gb": (sum(parts.values()) + activations) / 1e9,
-        "planned activations_gb": activations / 1e9,
-    }
-    return (
-        speed
-        | planned
-        | {"planned parts_gb": {n: v / 1e9 for n, v in parts.items()}, "waits": getattr(waits, "places", {})}
-    )
+    waited = {"waits": waits.places} if GPU else {}
+    return speed | planned(stage) | waited
+
+
+def planned(stage: LatentStage) -> dict:
+    """What `lightning plan` counts for that fit, in GB."""
+    plan = plan_fit(stage, Setting("auto", "bf16-mixed", 1, 1, 1, STEPS), encoded=True, gpu="h100", mfu=0.4)
+    parts = {name: value / 1e9 for name, value in plan["memory"].items()}
+    return {"planned memory_gb": plan["memory_total"] / 1e9, "planned parts_gb": parts}
 
 
 def profile() -> dict:
-    """Where a compiled training step of the network at 1.3B spends its time: 5 s at 480p, two blocks."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-
-    from lightning_semgen.model.sizes import Size
-    from lightning_semgen.model.transformer import VideoTransformer
-
+    """Where a step of four checkpointed blocks of 1.3B spends its time, 5 s at 480p: OUT/profile_*.txt."""
     found = {}
-    for compiled in (False, True):
+    shape, size = ((1, 16, 31, 60, 104), Size(1536, 4, 12, 8960)) if GPU else ((1, 16, 3, 8, 8), Size(64, 2, 2, 128))
+    with torch.device(DEVICE):
+        z, t, condition = torch.randn(shape), torch.full((1,), 0.5), Condition(torch.randn(1, 96, 64))
+    seconds = tuple(k / 6 for k in range(shape[2]))
+    for name, compiled in (("eager", False), ("compiled", True)):
         with torch.device(DEVICE):
-            network = VideoTransformer(
-                16, 64, Size(1536, 4, 12, 8960) if GPU else Size(64, 2, 2, 128), checkpoint_blocks=True
-            )
+            network = VideoTransformer(16, 64, size, checkpoint_blocks=True)
         if compiled:
             network.compile(dynamic=False)
-        shape = (1, 16, 31, 60, 104) if GPU else (1, 16, 3, 8, 8)
-        z, t, text = (
-            torch.randn(shape, device=DEVICE),
-            torch.full((1,), 0.5, device=DEVICE),
-            torch.randn(1, 96, 64, device=DEVICE),
-        )
-        seconds = tuple(k / 6 for k in range(shape[2]))
 
-        def run():
+        def run(network=network) -> None:
             with torch.autocast(DEVICE, torch.bfloat16):
-                network(z, t, text, seconds).float().square().mean().backward()  # noqa: B023
-            network.zero_grad()  # noqa: B023
+                network(z, t, condition, seconds).float().square().mean().backward()
+            network.zero_grad()
 
-        found[f"seconds compiled={compiled}"] = seconds_of(run, 3)
-        with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+        found[f"{name} seconds"] = seconds_of(run, 3)
+        with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
             run()
-            if GPU:
-                torch.cuda.synchronize()
-        table = prof.key_averages().table(
-            sort_by="cuda_time_total" if GPU else "cpu_time_total", row_limit=45, max_name_column_width=90
-        )
-        Path(os.environ["GPU_OUT"], f"profile_{compiled}.txt").write_text(table)
+            synchronize()
+        order = "cuda_time_total" if GPU else "cpu_time_total"
+        table = recorded.key_averages().table(sort_by=order, row_limit=45, max_name_column_width=90)
+        (OUT / f"profile_{name}.txt").write_text(table)
     return found
 
 
@@ -234,17 +222,13 @@ def compiled_fit() -> dict:
 
 def encoders() -> dict:
     """Frames per second of each family in bfloat16 with random weights: the semantic stream of four clips of 5 s."""
-    names = ["vjepa2_large", "videomae2_base", "4ds_b", "qwen2_5_vl_3b"]
-    frames = torch.randint(
-        0, 256, (4, 8, 3, 480, 832) if GPU else (1, 4, 3, 224, 224), dtype=torch.uint8, device=DEVICE
-    )
-    found = {}
-    for name in names:
+    shape, found = (4, 8, 3, 480, 832) if GPU else (1, 4, 3, 224, 224), {}
+    frames = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
+    for name in ("vjepa2_large", "videomae2_base", "4ds_b", "qwen2_5_vl_3b"):
         options = {"dtype": "bfloat16"} if GPU else {"depth": 1} | ({"layer": 1} if name == "4ds_b" else {})
         encoder = build_encoder(name, "random", **options).to(DEVICE)
         with torch.no_grad():
-            found[name] = len(frames) * frames.shape[1] / seconds_of(lambda: encoder(frames))  # noqa: B023
-        del encoder
+            found[name] = shape[0] * shape[1] / seconds_of(partial(encoder, frames))
     return found
 
 
@@ -256,20 +240,21 @@ def vae() -> dict:
     for dtype in (torch.float32, torch.bfloat16) if GPU else (torch.float32,):
         coder = build_vae("wan", "random").to(DEVICE, dtype)
         latents = coder.encode(video)
-        for name, run in (("encode", lambda: coder.encode(video)), ("decode", lambda: coder.decode(latents))):  # noqa: B023
+        for name, run in (("encode", partial(coder.encode, video)), ("decode", partial(coder.decode, latents))):
             found[f"{name} {str(dtype).removeprefix('torch.')}"] = frames / seconds_of(run, repeats=2)
     return found
 
 
 PARTS = {  # the most valuable first; seconds after which a part is ended
-    tests: 200, attention: 40, step: 80, fit: 100, compiled_step: 120, compiled_fit: 120, profile: 60, encoders: 80, vae: 80,
+    tests: 200, attention: 40, step: 80, fit: 100, compiled_step: 120, compiled_fit: 120, profile: 60, encoders: 80, 
+    vae: 80,
 }  # fmt: skip
 
 
 def machine() -> dict:
     return {
-        "device": torch.cuda.get_device_name() if GPU else "CPU", "torch": torch.__version__, "cuda": torch.version.cuda,
-        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if GPU else "CPU", "torch": torch.__version__,
+        "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
 
 
@@ -286,13 +271,14 @@ def run_part(part: Callable[[], dict], file: Path) -> None:
 
 
 def main() -> None:
+    global OUT
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--parts", nargs="+", choices=[part.__name__ for part in PARTS])
     parser.add_argument("--seconds", type=float, default=480, help="for all parts together")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    os.environ["GPU_OUT"] = str(args.out.absolute())
+    OUT = args.out.absolute()
+    OUT.mkdir(parents=True, exist_ok=True)
     parts = Path(tempfile.mkdtemp())
     results, end, fork = {}, time.monotonic() + args.seconds, multiprocessing.get_context("fork")
     for part, limit in PARTS.items():
@@ -307,7 +293,7 @@ def main() -> None:
             process.join()
         found = json.loads(file.read_text()) if file.exists() else {"error": "out of time"}
         results[part.__name__] = found
-        (args.out / "gpu.json").write_text(json.dumps(results, indent=1))
+        (OUT / "gpu.json").write_text(json.dumps(results, indent=1))
         print(part.__name__, json.dumps(found), flush=True)
 
 

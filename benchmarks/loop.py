@@ -3,7 +3,7 @@
 python benchmarks/loop.py [--size S]
 
 Within one fit a step of the plain loop follows each of Lightning's, so that a noisy minute is both's. Both draw the
-same noise, step fused AdamW and the EMA twin. Seconds are the process's own, the ratio is the median of the steps'.
+same noise, step fused AdamW and the EMA. Seconds are the process's own, the ratio is the median of the steps'.
 """
 
 import argparse

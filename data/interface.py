@@ -30,4 +30,4 @@ class ClipModel(Protocol):
         """What encoded shards must have been made with to fit."""
 
     def precompute(self, batch: Batch, *only: str) -> dict[str, Tensor | list[Tensor]]:
-        """What the frozen parts, all or some, say of a batch of clips: {"features": (B, …), "text": B × (L, dim), …}."""
+        """What all or some frozen parts say of a batch of clips: {"features": (B, …), "text": B × (L, dim), …}."""

@@ -8,6 +8,8 @@ cost.py       FLOPs and memory of a training step, counted without content
 resources.py  memory by part, FLOPs and time of a fit
 hardware.py   the GPUs whose datasheets are known
 errors.py     the error a user can cause
+short_help.py the options a person sets first
+strategies.py, toy_parts.py  where old runs name these
 commands/     its subcommands
 callbacks/    what goes on beside the training
 stages/       the LightningModules

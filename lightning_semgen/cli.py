@@ -50,10 +50,14 @@ def execute(arguments: list[str]) -> None:
         print(overview())
     elif arguments[0] in COMMANDS:
         run_command(*arguments[:1], arguments[1:])
+    elif arguments[0] in TRAINER and arguments[1:] in (["-h"], ["--help"]):
+        from lightning_semgen.short_help import short_help
+
+        print(short_help(arguments[0]))
     else:
         from lightning_semgen.trainer_cli import run
 
-        run(arguments)
+        run(arguments[:2] if arguments[1:] == ["--help", "all"] else arguments)
 
 
 def main() -> None:

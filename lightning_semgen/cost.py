@@ -31,10 +31,17 @@ BLOCKS = (2, 4)  # measured of a deeper network: two layouts of windows alternat
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of a forward and backward pass, and the most bytes that it holds beside weights and their gradients."""
+    """What a forward and backward pass costs.
+
+    Attributes:
+        flops: of both.
+        activations: the most bytes that it holds beside weights and their gradients.
+        kept: those of them that the blocks keep for the backward pass, which frees them one block after another.
+    """
 
     flops: int
     activations: int
+    kept: int
 
 
 def step_cost(
@@ -56,7 +63,8 @@ def step_cost(
         with _altered(transformer, count, checkpoint_blocks), mixed:
             meters.append(_measure(_Step(stage, clip), _encoded(stage, clip), dtype))
     few, more, pairs = meters[0], meters[-1], (depth - counts[-1]) / 2
-    return Cost(*(round(m + (m - f) * pairs) for f, m in ((few.flops, more.flops), (few.peak, more.peak))))
+    flops, peak = (round(m + (m - f) * pairs) for f, m in ((few.flops, more.flops), (few.peak, more.peak)))
+    return Cost(flops, peak, round((more.peak - few.peak) * depth / 2))
 
 
 def frozen_flops(stage: Stage, clip: Clip | None = None) -> int:
@@ -131,10 +139,10 @@ def _measure(module: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype | N
     def fake(name: str, tensor: Tensor) -> Tensor:
         ours = dtype if name.startswith("stage.generator.") else None
         with mode:
-            twin = torch.empty(tensor.shape, dtype=ours or tensor.dtype, requires_grad=tensor.requires_grad)
-        if twin.requires_grad:
-            twin.register_post_accumulate_grad_hook(_drop_gradient)
-        return twin
+            fake = torch.empty(tensor.shape, dtype=ours or tensor.dtype, requires_grad=tensor.requires_grad)
+        if fake.requires_grad:
+            fake.register_post_accumulate_grad_hook(_drop_gradient)
+        return fake
 
     state = {name: fake(name, tensor) for name, tensor in chain(module.named_parameters(), module.named_buffers())}
     batch = {name: fake(name, tensor) if tensor.is_meta else tensor for name, tensor in batch.items()}

@@ -38,7 +38,7 @@ class Generator:
             raise UserError(f"{latent} is the run of a {type(stage).__name__}: name a LatentStage's as latent.")
         if semantic is not None:
             stage.partner_run = str(semantic)
-        stage.generator = None  # the twin samples
+        stage.generator = None  # the EMA samples
         stage.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         stage.frozen.to(stage.device)
         config = yaml.safe_load((Path(latent) / CONFIG).read_text())

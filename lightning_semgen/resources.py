@@ -1,6 +1,7 @@
 """What a fit needs of a GPU: memory by part, FLOPs and time, counted before a machine is booked."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 
 import torch
 from jsonargparse import Namespace
@@ -72,7 +73,7 @@ def memory(stage: Stage, setting: Setting) -> dict[str, float]:
         "weights": size(generator, own) + size(others),
         "gradients": gradients,
         "optimiser state": 2 * gradients,  # AdamW's two moments
-        "EMA twin": size(list(stage.ema.parameters())),
+        "EMA": size(list(stage.ema.parameters())),
     }
     if setting.sharded:
         parts = {name: value / setting.gpus for name, value in parts.items()}
@@ -101,31 +102,49 @@ def plan_fit(stage: Stage, setting: Setting, encoded: bool, gpu: str, mfu: float
         "frozen": 0 if encoded else frozen_flops(stage),
         "recomputed": costs["checkpointed"].flops - costs["kept"].flops if stage.checkpoint_blocks else 0,
     }
-    parts = memory(stage, setting)
     clips = setting.batch_size * setting.accumulate
     seconds = sum(flops.values()) * clips / (mfu * card.flops)
     own = costs["checkpointed" if stage.checkpoint_blocks else "kept"]
-    total = sum(parts.values()) + own.activations * setting.batch_size
+    parts = memory(stage, setting)
+    of_batch = parts | activations(own, parts, setting)
+    total = sum(of_batch.values())
     return {
         "setting": asdict(setting) | {"gpu": gpu, "mfu": mfu, "checkpoint_blocks": stage.checkpoint_blocks},
         "clip_seconds": stage.clip.duration,
         "parameters": parameters(stage),
         "tokens": tokens(stage),
         "flops": {name: value * clips * setting.gpus for name, value in flops.items()},
-        "memory": parts | {"activations": own.activations * setting.batch_size},
+        "memory": of_batch,
         "memory_total": total,
         "memory_usable": USABLE * card.memory,
         "fits": total <= USABLE * card.memory,
         "activations_per_clip": {name: cost.activations for name, cost in costs.items()},
-        "largest_batch": {name: largest_batch(cost, parts, card) for name, cost in costs.items()},
+        "largest_batch": {name: largest_batch(cost, parts, setting, card) for name, cost in costs.items()},
         "step_seconds": seconds,
         "total_seconds": seconds * setting.max_steps if setting.max_steps > 0 else None,
     }
 
 
-def largest_batch(cost: Cost, parts: dict[str, float], card: GPU) -> int:
+def activations(cost: Cost, parts: dict[str, float], setting: Setting) -> dict[str, float]:
+    """Bytes of a batch's activations; and, negative, of the gradients that come when some of those have gone.
+
+    The backward pass frees the activations of a block and makes its gradients. So both are not there at once, unless
+    gradients of an earlier batch, or DDP's buckets, hold their memory from the beginning.
+    """
+    held = {"activations": cost.activations * setting.batch_size}
+    if setting.accumulate > 1 or (setting.gpus > 1 and not setting.sharded):
+        return held
+    return held | {"gradients after activations": -min(parts["gradients"], cost.kept * setting.batch_size)}
+
+
+def largest_batch(cost: Cost, parts: dict[str, float], setting: Setting, card: GPU) -> int:
     """Clips of the largest batch of one GPU that fits; 0: not even one does."""
-    return max(0, int((USABLE * card.memory - sum(parts.values())) // cost.activations))
+
+    def fits(clips: int) -> bool:
+        batch = activations(cost, parts, replace(setting, batch_size=clips))
+        return sum((parts | batch).values()) <= USABLE * card.memory
+
+    return next(clips for clips in count() if not fits(clips + 1))
 
 
 def parameters(stage: Stage) -> dict[str, int]:

@@ -12,9 +12,11 @@ ROWS = (
     {"__main__"},
     {"cli"},
     {"commands"},
+    {"short_help"},
     {"trainer_cli", "generator", "resources"},
     {"callbacks"},
     {"cost"},
+    {"toy_parts", "strategies"},  # old paths
     {"stages"},
     {"evaluation", "runs"},
     {"training"},

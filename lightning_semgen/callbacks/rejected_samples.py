@@ -19,15 +19,15 @@ class RejectedSamples(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, stage: Stage) -> None:
-        self.tally, self.names = RejectionCount(), set()
+        self.count, self.names = RejectionCount(), set()
 
     def on_train_batch_start(self, trainer: Trainer, stage: Stage, batch: dict, batch_idx: int) -> None:
         rejected = sum(batch.get("rejected", []), [])
         for name, cause in rejected:
-            if cause not in self.tally.causes:
+            if cause not in self.count.causes:
                 rank_zero_warn(f"Sample {name} is skipped: {cause}. Others of this cause are only counted.")
-            self.tally.add(0, [(name, cause)])
-        self.tally.add(len(batch["caption"]), [])
+            self.count.add(0, [(name, cause)])
+        self.count.add(len(batch["caption"]), [])
         self._keep(trainer, [row for row in rejected if row[0] not in self.names])
 
     def _keep(self, trainer: Trainer, rows: list[tuple[str, str]]) -> None:
@@ -48,7 +48,7 @@ class RejectedSamples(Callback):
 
     def _of_all_ranks(self, trainer: Trainer) -> RejectionCount:
         if trainer.world_size == 1:
-            return self.tally
-        tallies = [self.tally] * trainer.world_size
-        torch.distributed.all_gather_object(tallies, self.tally)
-        return sum(tallies, RejectionCount())
+            return self.count
+        counts_of_ranks = [self.count] * trainer.world_size
+        torch.distributed.all_gather_object(counts_of_ranks, self.count)
+        return sum(counts_of_ranks, RejectionCount())

@@ -8,6 +8,7 @@ encode.py  encoded shards ahead of a fit
 plan.py    what a fit will need
 doctor.py  an encoder's features of a video, as a picture
 export.py  a run's weights for use elsewhere
+completion.py  completion in a shell
 """
 
 from importlib import import_module
@@ -19,6 +20,7 @@ COMMANDS = {
     "plan": "say what memory, FLOPs and hours a fit will need",
     "doctor": "show what an encoder sees in a video",
     "export": "write a run's weights as safetensors",
+    "completion": "print a script that completes commands and options in your shell",
 }
 SHORT = {"-o": "--output"}
 

@@ -15,7 +15,7 @@ from lightning_semgen.stages.base import Stage
 
 
 def export(run: str, folder: str, max_shard_size: str = "5GB") -> None:
-    """Writes a run's weights as safetensors: the generator's EMA twin, its text encoder if learnt, the compressor.
+    """Writes a run's weights as safetensors: the generator's EMA, its text encoder if learnt, the compressor.
 
     Where the network is Wan's, diffusers' WanTransformer3DModel.from_pretrained(FOLDER, subfolder="transformer") opens
     the generator.

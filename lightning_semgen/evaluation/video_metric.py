@@ -1,4 +1,4 @@
-"""What a metric of generated videos promises. A new one is a class in a file of its own and a row of `table.METRICS`."""
+"""What a metric of generated videos promises; a new one is a class in its own file and a row of `table.METRICS`."""
 
 from collections.abc import Sequence
 

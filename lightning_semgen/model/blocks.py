@@ -13,7 +13,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lightning_semgen.model.positions import Grid, rotary_angles, rotary_positions, rotate, wide
+from lightning_semgen.model.positions import Grid, rotary_angles, rotary_positions, rotate, upcast
 from lightning_semgen.model.sizes import Size
 from lightning_semgen.model.windows import Windows, attention, windows_of
 
@@ -137,21 +137,21 @@ class Block(nn.Module):
 
     def transformed(self, x: Tensor, text: Tensor, times: list[Tensor], sizes: list[int], layout: Layout) -> Tensor:
         # times: one (B, 6, dim) a kind; sizes: how many of the N tokens are of it
-        table = [(self.scale_shift_table + wide(t)).chunk(6, dim=1) for t in times]
+        table = [(self.scale_shift_table + upcast(t)).chunk(6, dim=1) for t in times]
 
         def modulate(x: Tensor, norm: nn.Module, first: int) -> Tensor:
             def one(kind: int, x: Tensor) -> Tensor:
-                return modulated(wide(x), norm, *table[kind][first : first + 2]).type_as(x)
+                return modulated(upcast(x), norm, *table[kind][first : first + 2]).type_as(x)
 
             return per_kind(one, sizes, x)
 
         def add(x: Tensor, y: Tensor, gate: int) -> Tensor:
             def one(kind: int, x: Tensor, y: Tensor) -> Tensor:
-                return torch.addcmul(wide(x), wide(y), table[kind][gate]).type_as(x)
+                return torch.addcmul(upcast(x), upcast(y), table[kind][gate]).type_as(x)
 
             return per_kind(one, sizes, x, y)
 
         h = layout.windows.gather(modulate(x, self.norm1, 0))
         x = add(x, layout.windows.restore(self.attn1(h, h, layout)), 2)
-        x = x + self.attn2(self.norm2(wide(x)).type_as(x), text)
+        x = x + self.attn2(self.norm2(upcast(x)).type_as(x), text)
         return add(x, self.ffn(modulate(x, self.norm3, 3)), 5)

@@ -93,7 +93,7 @@ class Compressor(nn.Module):
 
 
 class FeatureDecoder(nn.Module):
-    """SemanticTokens back to features, only to teach the compressor: MSE + (1 − cosine) against the normalised features."""
+    """Semantics back to features, only to teach the compressor: MSE + (1 − cosine) against the normalised features."""
 
     def __init__(self, dim: int, features: int, hidden: int = 512):
         super().__init__()

@@ -81,7 +81,7 @@ SAMPLERS = {"euler": euler, "heun": heun}
 TIME_DISTRIBUTIONS = {"logit_normal": logit_normal, "uniform": uniform}  # each of (normal numbers, shift)
 
 
-def named(option: str, table: dict[str, Callable], name: str) -> Callable:
+def look_up(option: str, table: dict[str, Callable], name: str) -> Callable:
     """A row of one of the tables; UserError lists the known names."""
     if name not in table:
         raise UserError(f"model.{option} {name!r} is not known; known are {', '.join(table)}.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_semgen.model.blocks import Block, layouts, modulated
 from lightning_semgen.model.condition import Condition
-from lightning_semgen.model.positions import Grid, wide
+from lightning_semgen.model.positions import Grid, upcast
 from lightning_semgen.model.sizes import Size
 
 
@@ -108,7 +108,7 @@ class VideoTransformer(nn.Module):
             times.append(self.condition_embedder.time(semantics.tau)[1])
         text = self.condition_embedder.text_embedder(condition.text.to(dtype))
         head_dim, sizes = self.size.dim // self.size.heads, [len(g) for g in grids]
-        even_odd = layouts(tuple(grids), self.rotary_rate, head_dim, self.window_seconds, wide(x).dtype, x.device)
+        even_odd = layouts(tuple(grids), self.rotary_rate, head_dim, self.window_seconds, upcast(x).dtype, x.device)
         for index, block in enumerate(self.blocks):
             block.checkpointed, block.keeps_attention = self.checkpoint_blocks, self.keep_attention
             x = block(x, text, times, sizes, even_odd[index % 2])
@@ -127,6 +127,6 @@ class VideoTransformer(nn.Module):
 
     def _output(self, x: Tensor, embedding: Tensor, grid: Grid) -> Tensor:
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).chunk(2, dim=1)
-        x = self.proj_out(modulated(wide(x), self.norm_out, shift, scale).type_as(x))
+        x = self.proj_out(modulated(upcast(x), self.norm_out, shift, scale).type_as(x))
         axes = dict(zip(("p", "q", "r"), self.patch, strict=True))
         return rearrange(x, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", h=grid.height, w=grid.width, **axes)

@@ -102,8 +102,8 @@ class Stage(ClipStage):
         self.lr, self.warmup_steps, self.weight_decay, self.ema_decay = lr, warmup_steps, weight_decay, ema_decay
         self.kl_weight, self.prompt_dropout = kl_weight, prompt_dropout
         self.guidance_scale, self.sampling_steps = guidance_scale, sampling_steps
-        self.sampler = flow.named("sampler", flow.SAMPLERS, sampler)
-        self.time_distribution = flow.named("time_distribution", flow.TIME_DISTRIBUTIONS, time_distribution)
+        self.sampler = flow.look_up("sampler", flow.SAMPLERS, sampler)
+        self.time_distribution = flow.look_up("time_distribution", flow.TIME_DISTRIBUTIONS, time_distribution)
         self.compile_blocks, self.checkpoint_blocks = compile_blocks, checkpoint_blocks
         self.keep_attention = keep_attention
         self.space = self.compressor_learning = None

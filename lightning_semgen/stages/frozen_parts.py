@@ -17,7 +17,7 @@ from lightning_semgen.stages.semantic_space import SemanticSpace
 
 
 class FrozenParts:
-    """Outside the module tree, so in no checkpoint, EMA twin or optimiser.
+    """Outside the module tree, so in no checkpoint, EMA or optimiser.
 
     Args:
         clip: the nominal clip.

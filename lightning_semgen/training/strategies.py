@@ -1,6 +1,6 @@
 """Sharded training by name: `trainer.strategy` fsdp and fsdp2, with _hybrid, _dcp or _hybrid_dcp behind.
 
-A stage's weights, their EMA twin and the optimiser's moments are spread over all GPUs; the hybrid forms spread them
+A stage's weights, their EMA and the optimiser's moments are spread over all GPUs; the hybrid forms spread them
 over those of a node and keep a copy in each node. With _dcp a checkpoint is a folder of torch.distributed.checkpoint,
 in which each rank writes its share; without, the first rank gathers all of it into one file.
 """

@@ -69,5 +69,5 @@ class GeneratedVideo:
     def save(self, path: str | Path) -> None:
         """Writes an mp4 that carries prompt and seed, chunk by chunk as the video is decoded."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        told = {"title": self.prompt, "comment": f"seed={self.seed}"}
-        write_mp4(self.video, path, self.fps, told, growing=True)
+        metadata = {"title": self.prompt, "comment": f"seed={self.seed}"}
+        write_mp4(self.video, path, self.fps, metadata, growing=True)

@@ -98,9 +98,9 @@ def test_the_papers_setting_is_planned_without_its_weights(lightning, capsys, tm
     one, eight = (plan(lightning, capsys, *config, f"--gpus={gpus}", "--gpu=h100") for gpus in (1, 8))
     assert one["tokens"] == {"text": 512, "semantic": 4 * 17 * 30, "latent": 31 * 30 * 52}
     assert one["parameters"]["trained"] == pytest.approx(1.42e9, rel=0.01)
-    for part in ("weights", "gradients", "optimiser state", "EMA twin"):
+    for part in ("weights", "gradients", "optimiser state", "EMA"):
         assert one["memory"][part] == pytest.approx(8 * eight["memory"][part])
-    assert one["memory"]["EMA twin"] == pytest.approx(4 * 1.42e9, rel=0.01)
+    assert one["memory"]["EMA"] == pytest.approx(4 * 1.42e9, rel=0.01)
     assert eight["flops"]["trained"] == 8 * one["flops"]["trained"]
     kept, checkpointed = one["largest_batch"].values()
     assert kept < checkpointed and one["fits"] == (kept >= 1)

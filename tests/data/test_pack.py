@@ -162,7 +162,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     for number in range(35):
         (source / f"{number:02d}.mp4").write_bytes(video[:1000] if number % 5 == 4 else video)
     pack_videos(source, whole, shard_size=1, workers=0)
-    code = "import sys; from pathlib import Path; from lightning_semgen.commands.pack import pack; pack(*map(Path, sys.argv[1:]), shard_size=1, workers=1)"
+    code = (
+        "import sys; from pathlib import Path; from lightning_semgen.commands.pack import pack;"
+        "pack(*map(Path, sys.argv[1:]), shard_size=1, workers=1)"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(source), str(killed)],
         env=os.environ | {"PYTHONPATH": str(CONFIGS.parent), "OMP_NUM_THREADS": "1"},

@@ -150,7 +150,7 @@ def on_one(*args: str) -> None:
 
 
 def check_close(run: str, other: str, tolerance: float = 0.0) -> None:
-    """Weights, EMA twin, statistics, moments and rates of two runs, 0 for bit by bit."""
+    """Weights, EMA, statistics, moments and rates of two runs, 0 for bit by bit."""
     first, second = load_checkpoint(run), load_checkpoint(other)
     assert first["global_step"] == second["global_step"]
     assert first["VideoDataModule"] == second["VideoDataModule"]
