@@ -1,8 +1,13 @@
 """What a checkpoint must stand: harmful contents, full disks, crashes, weights that are not finite, other options."""
 
+import errno
+import os
 import pickle
 import shutil
 import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +20,15 @@ from torch.multiprocessing import ProcessExitedException
 from lightning_semgen.cli import main
 from lightning_semgen.errors import UserError
 from lightning_semgen.runs import load_checkpoint
-from lightning_semgen.training.checkpoints import FACTS, METADATA, check_harmless
+from lightning_semgen.training.checkpoints import (
+    FACTS,
+    METADATA,
+    before_path,
+    check_harmless,
+    is_checkpoint,
+    put_in_place,
+    unfinished_path,
+)
 
 LAST = Path("checkpoints/last.ckpt")
 FIT = (
@@ -135,3 +148,123 @@ def test_a_whole_folder_reads_as_the_file_it_was(runs):
     file, folder = load_checkpoint("file"), load_checkpoint("folder")
     torch.testing.assert_close(folder["state_dict"], file["state_dict"], rtol=0, atol=0)
     assert folder["global_step"] == file["global_step"] == 2
+
+
+def test_a_checkpoint_is_written_beside_its_place_alone(runs, lightning, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "no such folder")
+    lightning(*to("file", 3))
+    assert load_checkpoint("file")["global_step"] == 3
+    assert [path.name for path in Path("file/checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def full(*args, **kwargs) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def save_some(checkpoint: dict, file) -> None:
+    """What torch may do on a full disk: it writes as far as it gets, then says something of its own."""
+    file.write(b"PK")
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+
+@pytest.mark.parametrize("save", [full, save_some])
+def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint_before(save, runs, fails, monkeypatch):
+    monkeypatch.setattr("lightning_semgen.training.checkpoints.torch.save", save)
+    said = fails(*to("file", 3))
+    assert "could not be written to" in said and "the one before is kept" in said and "--ckpt_path last" in said
+    assert (os.strerror(errno.ENOSPC) if save is full else "the disk is full") in said
+    said = fails(*to("new", 3))
+    assert "there is none before it" in said
+    monkeypatch.undo()
+    monkeypatch.chdir(runs)
+    assert load_checkpoint("file")["global_step"] == 2
+    assert [path.name for path in Path("file/checkpoints").iterdir()] == ["last.ckpt"]
+    assert not list(Path("new/checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_share_keeps_the_folder_before(runs, capfd, monkeypatch):
+    before = load_checkpoint("folder")
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+    with pytest.raises(ProcessExitedException):
+        on_two_ranks(*to("folder", 3, *SMALL, "--trainer.strategy=fsdp2_dcp"))
+    assert "the one before is kept" in capfd.readouterr().err
+    assert [path.name for path in Path("folder/checkpoints").iterdir()] == ["last.ckpt"]
+    torch.testing.assert_close(load_checkpoint("folder")["state_dict"], before["state_dict"], rtol=0, atol=0)
+
+
+class Crash(BaseException):
+    """The machine stops."""
+
+
+def crash_at(step: int, monkeypatch) -> None:
+    """The machine stops at that change of the file system, of a folder to be deleted in the middle."""
+    done = [0]
+
+    def counted(change: Callable, begin: Callable = lambda path: None) -> Callable:
+        def changed(path, *args, **kwargs):
+            done[0] += 1
+            if done[0] > step:
+                begin(path)
+                raise Crash
+            return change(path, *args, **kwargs)
+
+        return changed
+
+    for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "unlink")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    remove = os.remove
+    monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree, lambda path: remove(Path(path) / FACTS)))
+
+
+def write(path: Path, kind: str, step: int) -> None:
+    """A small checkpoint of that step."""
+    if kind == "folder":
+        dcp.save({"state_dict": {"step": torch.tensor(step)}}, checkpoint_id=path, no_dist=True)
+        path /= FACTS
+    if kind != "nothing":
+        torch.save({"global_step": step}, path)
+
+
+KINDS = [("file", "file"), ("file", "folder"), ("folder", "file"), ("folder", "folder"), ("nothing", "folder")]
+
+
+@pytest.mark.parametrize(("old", "new"), KINDS)
+@pytest.mark.parametrize("leftover", ["nothing", "folder"])
+@pytest.mark.parametrize("step", range(5))
+def test_a_crash_anywhere_between_two_checkpoints_loses_none(step, old, new, leftover, tmp_path, monkeypatch):
+    path = tmp_path / LAST
+    path.parent.mkdir()
+    write(path, old, 1)
+    write(unfinished_path(path), new, 2)
+    write(before_path(path), leftover, 0)
+    with monkeypatch.context() as patch, suppress(Crash):
+        crash_at(step, patch)
+        put_in_place(path)
+    assert is_checkpoint(path)
+    assert load_checkpoint(tmp_path)["global_step"] in (1, 2)
+    if not unfinished_path(path).exists():
+        write(unfinished_path(path), new, 3)
+    put_in_place(path)
+    assert list(path.parent.iterdir()) == [path] and load_checkpoint(tmp_path)["global_step"] in (2, 3)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_was_never_finished_is_not_taken_for_a_checkpoint(kind, tmp_path):
+    path = tmp_path / "last.ckpt"
+    write(unfinished_path(path), kind, 1)
+    cut = unfinished_path(path) / FACTS if kind == "folder" else unfinished_path(path)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    write(before_path(path), kind, 0)
+    assert is_checkpoint(path) and not before_path(path).exists()
+    facts = torch.load(path / FACTS if kind == "folder" else path)
+    assert facts["global_step"] == 0
+
+
+def test_the_next_command_puts_a_checkpoint_back(runs, lightning, fails):
+    place = Path("folder") / LAST
+    place.rename(before_path(place))
+    assert "already holds a trained run" in fails(*to("new", 3, "--trainer.default_root_dir=folder"))
+    place.rename(before_path(place))
+    lightning(*to("folder", 3))
+    assert load_checkpoint("folder")["global_step"] == 3
