@@ -28,7 +28,7 @@ from lightning_semgen.stages.frozen_parts import FrozenParts
 from lightning_semgen.stages.partner import is_trained, load_partner
 from lightning_semgen.stages.semantic_space import SemanticSpace
 from lightning_semgen.training.ema import ema_copy, update_ema
-from lightning_semgen.training.optimizer import adamw
+from lightning_semgen.training.optimizer import adamw, follow_config
 from lightning_semgen.training.strategies import named, shard
 from lightning_semgen.video.generated import LatentVideo
 
@@ -274,6 +274,10 @@ class Stage(LightningModule):
         known = {parameter for _, parameter in trained}
         others = [p for p in self.parameters() if p.requires_grad and p not in known]  # the compressor, and its teacher
         return adamw(trained, others, self.lr, self.weight_decay, self.warmup_steps, steps, self.compressor_steps)
+
+    def on_train_start(self) -> None:
+        if self.trainer.ckpt_path:
+            follow_config(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler)
 
     # Checkpoints
 

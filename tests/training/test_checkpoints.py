@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from conftest import CONFIGS, SMALL, on_two_ranks, see
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.multiprocessing import ProcessExitedException
 
@@ -29,6 +31,7 @@ from lightning_semgen.training.checkpoints import (
     put_in_place,
     unfinished_path,
 )
+from lightning_semgen.training.optimizer import adamw, factor, follow_config
 
 LAST = Path("checkpoints/last.ckpt")
 FIT = (
@@ -268,3 +271,56 @@ def test_the_next_command_puts_a_checkpoint_back(runs, lightning, fails):
     place.rename(before_path(place))
     lightning(*to("folder", 3))
     assert load_checkpoint("folder")["global_step"] == 3
+
+
+def check_follows(run: str, lr: float, weight_decay: float) -> None:
+    """A run of 4 steps, the last 2 of which have these options."""
+    checkpoint = load_checkpoint(run)
+    groups = checkpoint["optimizer_states"][0]["param_groups"]
+    assert [group["initial_lr"] for group in groups] == checkpoint["lr_schedulers"][0]["base_lrs"] == [lr] * 3
+    assert [group["weight_decay"] for group in groups] == [weight_decay, 0.0, 0.0]
+    assert [tuple(group["betas"]) for group in groups] == [(0.9, 0.99)] * 3
+    config = yaml.safe_load(Path(run, "config.yaml").read_text())["model"]["init_args"]
+    assert (config["lr"], config["weight_decay"]) == (lr, weight_decay)
+    rates = EventAccumulator(run).Reload().Scalars("train/learning_rate")
+    assert [rate.value for rate in rates][2:] == pytest.approx([lr * factor(step, 2, 4) for step in (2, 3)])
+
+
+OTHER = ("--model.lr=0.0005", "--model.weight_decay=0.2")
+
+
+@pytest.mark.parametrize("run", ["file", "folder"])
+def test_a_resumed_fit_follows_its_config(run, runs, lightning):
+    lightning(*to(run, 4, *OTHER))
+    check_follows(run, 0.0005, 0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2_dcp"])
+def test_so_it_does_on_two_ranks(strategy, runs):
+    run = "folder" if strategy == "fsdp2_dcp" else "file"
+    on_two_ranks(*to(run, 4, *SMALL, "--data.batch_size=2", f"--trainer.strategy={strategy}", *OTHER))
+    check_follows(run, 0.0005, 0.2)
+
+
+def optimized(steps: int, lr: float) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    weight, bias, other = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+    made = adamw([("weight", weight), ("bias", bias)], [other], lr, 0.01, 2, 9, 5)
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    for _ in range(steps):
+        for parameter in (weight, bias, other):
+            parameter.grad = torch.ones(3)
+        optimizer.step()
+        schedule.step()
+    return optimizer, schedule
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6])
+def test_an_unchanged_config_changes_no_bit(steps):
+    optimizer, schedule = optimized(steps, 1.3e-3)
+    state, scheduled = optimizer.state_dict()["param_groups"], schedule.state_dict()
+    resumed, goes_on = optimized(0, 1.3e-3)
+    resumed.load_state_dict(optimizer.state_dict())
+    goes_on.load_state_dict(schedule.state_dict())
+    follow_config(resumed, goes_on)
+    assert resumed.state_dict()["param_groups"] == state and goes_on.state_dict() == scheduled
