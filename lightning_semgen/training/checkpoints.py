@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.tensor import DTensor
 
 from lightning_semgen.errors import UserError
 
@@ -122,6 +124,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if Path(path).is_dir():
             return consolidated(Path(path))
         return super().load_checkpoint(path, *args, **kwargs)
+
+
+@torch.no_grad()
+def check_finite(stage: LightningModule) -> None:
+    """UserError, on all ranks, where a weight or its average is not finite on one: the checkpoint before is better."""
+    tensors = [*stage.parameters(), *stage.buffers()]
+    mine = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    finite = all(tensor.isfinite().all() for tensor in mine)
+    if not stage.trainer.strategy.reduce_boolean_decision(finite):
+        raise UserError(
+            f"Weights were not finite at step {stage.trainer.global_step} and are not saved: lower model.lr or set"
+            " trainer.gradient_clip_val, and go on from the last checkpoint with --ckpt_path last."
+        )
 
 
 @contextmanager

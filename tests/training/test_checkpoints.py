@@ -31,6 +31,7 @@ from lightning_semgen.training.checkpoints import (
     put_in_place,
     unfinished_path,
 )
+from lightning_semgen.training.ema import update_ema
 from lightning_semgen.training.optimizer import adamw, factor, follow_config
 
 LAST = Path("checkpoints/last.ckpt")
@@ -324,3 +325,36 @@ def test_an_unchanged_config_changes_no_bit(steps):
     goes_on.load_state_dict(schedule.state_dict())
     follow_config(resumed, goes_on)
     assert resumed.state_dict()["param_groups"] == state and goes_on.state_dict() == scheduled
+
+
+def spoil(monkeypatch, part: str, value: float, rank: int = 0) -> None:
+    """Has a part of the stage on that rank go bad after the third step, the loss of which was finite."""
+
+    def update(ema: torch.nn.Module, generator: torch.nn.Module, decay: float, step: int) -> None:
+        update_ema(ema, generator, decay, step)
+        this = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        if step == 2 and this == rank:  # steps that were made before this one
+            for parameter in {"ema": ema, "generator": generator}[part].parameters():
+                with torch.no_grad():
+                    getattr(parameter, "to_local", lambda whole=parameter: whole)().fill_(value)
+
+    monkeypatch.setattr("lightning_semgen.stages.base.update_ema", update)
+
+
+@pytest.mark.parametrize(("part", "value"), [("ema", float("inf")), ("generator", float("nan"))])
+def test_weights_that_are_not_finite_are_not_saved(part, value, runs, fails, monkeypatch):
+    spoil(monkeypatch, part, value)
+    said = fails(*to("file", 4, "--checkpoint.every_n_train_steps=1"))
+    assert "Weights were not finite at step 3 and are not saved: lower model.lr" in said
+    assert load_checkpoint("file")["global_step"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2_dcp"])
+def test_nor_where_they_are_so_on_one_rank_alone(strategy, runs, capfd, monkeypatch):
+    spoil(monkeypatch, "ema", float("nan"), rank=1)
+    options = ("--data.batch_size=2", f"--trainer.strategy={strategy}", "--checkpoint.every_n_train_steps=1")
+    with pytest.raises(ProcessExitedException):
+        on_two_ranks(*to("folder", 4, *SMALL, *options))
+    assert "Weights were not finite at step 3" in capfd.readouterr().err
+    assert load_checkpoint("folder")["global_step"] == 2
