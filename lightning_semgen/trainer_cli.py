@@ -71,7 +71,8 @@ class SemGenCLI(LightningCLI):
             path = None
         else:
             path = last_checkpoint(run)
-        if self.subcommand == "fit" and last.exists() and (path is None or not path.samefile(last)):
+        there = is_checkpoint(last) or last.exists()
+        if self.subcommand == "fit" and there and (path is None or not path.samefile(last)):
             raise UserError(
                 f"{run} already holds a trained run: continue it with --ckpt_path last, train elsewhere with"
                 " --trainer.default_root_dir FOLDER, or delete it."

@@ -8,11 +8,12 @@ from lightning_semgen.callbacks.log_steps import logs_after_batch, logs_after_st
 from lightning_semgen.errors import UserError
 from lightning_semgen.evaluation.flow_loss_bands import FlowLossBands
 from lightning_semgen.stages.base import Stage
+from lightning_semgen.training.checkpoints import check_finite
 from lightning_semgen.training.strategies import total_norm
 
 
 class LossCurves(Callback):
-    """Logs what `Stage.training_step` returns; a loss that is not finite stops the fit before a checkpoint has it."""
+    """Logs what `Stage.training_step` returns; a loss or weight that is not finite stops the fit before it is saved."""
 
     def on_train_start(self, trainer: Trainer, stage: Stage) -> None:
         self.bands = FlowLossBands().to(stage.device)
@@ -39,6 +40,7 @@ class LossCurves(Callback):
     def on_save_checkpoint(self, trainer: Trainer, stage: Stage, checkpoint: dict) -> None:
         if isinstance(stage, Stage) and self.bands.update_called:
             self.finite_means(trainer)  # a run that has diverged does not overwrite its last checkpoint
+        check_finite(stage)  # the loss is of the weights before the step
 
     def finite_means(self, trainer: Trainer) -> dict[str, Tensor]:
         """Those since the last report, of all ranks, by band of t; UserError where one of them is not finite."""

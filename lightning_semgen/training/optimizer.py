@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from torch import nn
 
+CONFIGURED = ("initial_lr", "weight_decay", "betas", "eps")  # of a group: what the config says, and not the training
+
 
 def factor(step: int, warmup: int, end: int) -> float:
     """Linear warm-up, then a cosine that is 0 at `end` and stays there."""
@@ -41,4 +43,19 @@ def adamw(
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True)
     optimizer._step_supports_amp_scaling = False  # the scaler unscales: Lightning clips no gradients otherwise
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    optimizer.configured = [{name: group[name] for name in CONFIGURED} for group in optimizer.param_groups]
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def follow_config(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Gives an optimiser of `adamw` the config's values again, after a checkpoint's state has brought those it had.
+
+    The schedule too is the config's, at the step that the checkpoint says. An unchanged config changes no bit.
+    """
+    groups = optimizer.param_groups
+    for group, configured in zip(groups, optimizer.configured, strict=True):
+        group.update(configured)
+    schedule.base_lrs = [group["initial_lr"] for group in groups]
+    for group, factor_at in zip(groups, schedule.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * factor_at(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in groups]

@@ -23,7 +23,13 @@ from encoders.text import ByteTextEncoder
 from lightning_semgen.model.blocks import Block
 from lightning_semgen.model.compressor import MLP
 from lightning_semgen.model.transformer import VideoTransformer
-from lightning_semgen.training.checkpoints import delete, put_in_place, unfinished_path
+from lightning_semgen.training.checkpoints import (
+    check_harmless,
+    delete,
+    one_sentence_when_full,
+    put_in_place,
+    unfinished_path,
+)
 
 # Each is gathered as a whole when it is called. Together they hold every parameter of a stage, since what is called
 # outside of training_step, as sampling is, is gathered by none of the modules around it.
@@ -51,9 +57,15 @@ class Checkpoints(Strategy):
         if self.is_global_zero:
             delete(unfinished_path(filepath))
         self.barrier()
-        super().save_checkpoint(checkpoint, unfinished_path(filepath), storage_options)
+        with one_sentence_when_full(filepath, deletes=self.is_global_zero):
+            super().save_checkpoint(checkpoint, unfinished_path(filepath), storage_options)
         if self.is_global_zero:
             put_in_place(filepath)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Executes nothing that a checkpoint holds, whatever Lightning says of `weights_only`."""
+        check_harmless(Path(self.broadcast(checkpoint_path)))
+        return super().load_checkpoint(checkpoint_path, weights_only=True)
 
 
 class FSDP(Checkpoints, FSDPStrategy):

@@ -172,12 +172,12 @@ def test_both_stages_train_on_every_shape(cls, packed):
     made.generator.register_forward_hook(lambda network, inputs, output: seen.append(inputs))
     for (frames, height, width), batch in batches.items():
         made.training_step(batch, 0)["loss"].backward()
-        z, _, _, seconds, semantics = seen.pop()
+        z, _, condition, seconds = seen.pop()
         alone = cls(clip=Clip(frames, height, width, CLIP.fps, CLIP.semantic_fps))
         assert seconds == alone.seconds and len(seconds) == z.shape[2]
         assert made.shift_of(made.clip_of(batch)) == alone.shift
         if cls is LatentStage:
-            assert z.shape[1:] == alone.latent_shape and semantics.grid == alone.space.grid
+            assert z.shape[1:] == alone.latent_shape and condition.semantics.grid == alone.space.grid
     assert made.generator.transformer.proj_out.weight.grad.isfinite().all()
 
 

@@ -54,14 +54,14 @@ def test_losses_are_those_of_video_shards_and_the_text_encoder_rests(cls, shards
     lengths = [len(ids) for ids in made.frozen.text.tokenizer(video["caption"]).input_ids]
     assert [len(text) for text in encoded["text"]] == lengths and "frames" not in encoded
     torch.testing.assert_close(made.frozen.prompt(encoded, 0.5), made.frozen.prompt(video, 0.5), rtol=1e-3, atol=1e-3)
-    loss = made.training_step(video, 0)
+    loss = made.training_step(video, 0)["loss"]
     calls = []
     made.frozen.text.model.register_forward_hook(lambda *args: calls.append(args))
-    again = made.training_step(encoded, 0)
+    again = made.training_step(encoded, 0)["loss"]
     torch.testing.assert_close(again, loss, rtol=1e-3, atol=0)
     assert not calls  # the empty prompt is known by now
     mute = encoded | {"text": [torch.zeros_like(text) for text in encoded["text"]]}
-    assert not torch.equal(made.training_step(mute, 0), again)
+    assert not torch.equal(made.training_step(mute, 0)["loss"], again)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_semantics_in_place_of_features_give_the_same_samples_and_losses(cls, sh
     video, encoded = batches(made, shards, tmp_path / "enc")
     assert "features" not in encoded and encoded["moments"].shape == (4, 2, 3, 3, 2 * 8)
     torch.testing.assert_close(made.space(encoded), made.space(video), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(made.training_step(encoded, 0), made.training_step(video, 0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(made.training_step(encoded, 0)["loss"], made.training_step(video, 0)["loss"], rtol=1e-3, atol=0)
     made.validation_step(encoded, 0)
 
     expected = made.space.loaded
@@ -127,7 +127,7 @@ def test_a_learnt_text_encoder_reads_captions(shards, tmp_path, text_encoder):
     _, encoded = batches(made, shards, tmp_path / "enc")
     learnt = stage(SemanticStage)
     check_fingerprint(tmp_path / "enc", learnt.frozen.fingerprint())
-    learnt.training_step(encoded, 0)
+    learnt.training_step(encoded, 0)["loss"]
     clips = ClipDataset(Shards(str(shards / "shards/toy/heldout-*.tar")), CLIP)
     precompute_shards(clips, [encoding(learnt, tmp_path / "other")], batch_size=16, workers=0)
     with pytest.raises(UserError, match=f"made with text_encoder None, the config says '{text_encoder}'"):
