@@ -36,11 +36,13 @@ class Batch(TypedDict, total=False):
     # videos longer than a clip, while they are encoded (Stretches)
     starts: list[list[float]]  # seconds of the video at which clips begin
 
-    # prompts and references (Prompts, References, Repeated)
+    # validation clips, prompts and references, which ranks share (Repeated)
+    repeated: list[bool]  # whether the row is another rank's too and only fills the batch
+
+    # prompts and references (Prompts, References)
     seed: list[int]
     number: list[int]  # the row
     reference: list[str]  # the key of the reference video
-    repeated: list[bool]  # whether the row is another rank's too and only fills the batch
 
 
 def collate(samples: list[dict]) -> Batch:
@@ -52,3 +54,8 @@ def collate(samples: list[dict]) -> Batch:
         elif name in ("position", "key"):
             batch[name] = torch.tensor(values)
     return batch
+
+
+def own_rows(batch: Batch) -> list[int]:
+    """The rows of a batch that no other rank has; all of a training batch."""
+    return [row for row, repeated in enumerate(batch.get("repeated", [False] * len(batch["key"]))) if not repeated]

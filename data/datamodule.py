@@ -189,12 +189,11 @@ class VideoDataModule(LightningDataModule):
         return self._loader(clips, batch_sampler=batches, persistent_workers=self.num_workers > 0)
 
     def val_dataloader(self) -> DataLoader:
-        clips = FixedClips(self.clips("val", self.encoded is not None))
-        return self._loader(clips, batch_size=self.batch_size, sampler=self._even_share(clips))
+        return self._shared_by_ranks(FixedClips(self.clips("val", self.encoded is not None)))
 
     def test_dataloader(self) -> DataLoader:
         prompts = Prompts(captions(self._shards(self.shards["val"])), self.seed, self.samples_per_prompt)
-        return self._prompt_loader(prompts)
+        return self._shared_by_ranks(prompts)
 
     def predict_dataloader(self) -> DataLoader:
         if self.prompts is None and self.reference is None:
@@ -207,9 +206,10 @@ class VideoDataModule(LightningDataModule):
             rows = Prompts(prompts, self.seed, self.samples_per_prompt)
         else:
             rows = References(self.reference, self.clip, prompts, self.seed, self.samples_per_prompt)
-        return self._prompt_loader(rows)
+        return self._shared_by_ranks(rows)
 
-    def _prompt_loader(self, rows: Prompts) -> DataLoader:
+    def _shared_by_ranks(self, rows: Dataset) -> DataLoader:
+        """All rows, once each: some ranks see rows that are `repeated`, since all meet at every batch."""
         rows = Repeated(rows, self.trainer.world_size)
         share = range(self.trainer.global_rank, len(rows), self.trainer.world_size)
         return self._loader(rows, batch_size=self.batch_size, sampler=share)
@@ -217,11 +217,6 @@ class VideoDataModule(LightningDataModule):
     def _loader(self, dataset: Dataset, **options) -> DataLoader:
         workers = {"num_workers": self.num_workers, "worker_init_fn": prepare_worker}
         return DataLoader(dataset, collate_fn=collate, **workers, **options)
-
-    def _even_share(self, dataset: Dataset) -> range:
-        """Without what does not divide by the ranks: they meet at every validation batch, and none must wait."""
-        world = self.trainer.world_size
-        return range(self.trainer.global_rank, len(dataset) // world * world, world)
 
     # State: how many samples have been delivered, on all ranks together
 

@@ -3,6 +3,7 @@
 from lightning import Callback, Trainer
 from torch import Tensor
 
+from data.batch import own_rows
 from lightning_semgen.callbacks.board import writers
 from lightning_semgen.evaluation.channel_statistics import ChannelStatistics
 from lightning_semgen.stages.base import Stage
@@ -20,7 +21,8 @@ class Channels(Callback):
 
     def on_validation_batch_end(self, trainer, stage, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if self.statistics is not None:
-            self.statistics.update(outputs["z_sem"], outputs["kl"])
+            own = own_rows(batch)
+            self.statistics.update(outputs["z_sem"][own], outputs["kl"][own])
 
     def on_validation_epoch_end(self, trainer: Trainer, stage: Stage) -> None:
         if self.statistics is not None:

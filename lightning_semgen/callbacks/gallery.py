@@ -5,6 +5,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from data.batch import own_rows
 from lightning_semgen.callbacks.board import writers
 from lightning_semgen.errors import UserError
 from lightning_semgen.evaluation.table import build_metrics
@@ -36,12 +37,13 @@ class Gallery(Callback):
         if batch_idx or trainer.sanity_checking or not isinstance(stage, Stage):
             return
         batch = {name: values[:COUNTED] for name, values in batch.items()}
+        own = own_rows(batch)
         with trainer.precision_plugin.forward_context():  # as in validation and predict
             shown = pictures(stage, batch)
         for name, columns in shown.items():
             for title in columns.keys() & {f"on {GENERATED}", f"on {NONE}"}:
                 for metric in self.metrics.values():
-                    metric.update(columns[title], batch["info"])
+                    metric.update(columns[title][own], [batch["info"][row] for row in own])
             for writer in writers(trainer):
                 rows = {title: videos[:SHOWN] for title, videos in columns.items()}
                 gif = animated_table(rows, batch["caption"][:SHOWN], stage.clip.num_frames / stage.clip.fps)

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.batch import own_rows
 from lightning_semgen.evaluation.table import build_metrics
 from lightning_semgen.stages.base import Stage
 from lightning_semgen.video.generated import GeneratedVideo, LatentVideo, previews
@@ -65,7 +66,7 @@ class WriteResults(BasePredictionWriter):
 
 def without_repeated(batch: dict, made: dict) -> tuple[dict, dict]:
     """The rows of a batch and what was made of them, but for those that are another rank's too."""
-    own = [row for row, repeated in enumerate(batch["repeated"]) if not repeated]
+    own = own_rows(batch)
     return tuple({name: [values[row] for row in own] for name, values in rows.items()} for rows in (batch, made))
 
 

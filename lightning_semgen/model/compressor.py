@@ -50,15 +50,20 @@ class Standardiser(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Running statistics: a plain mean over the first steps, then an exponential one."""
+        """Running E[z] and E[z²]: plain means over the first steps, then exponential ones.
+
+        Their variance holds what lies between steps too. A mean of the steps' own variances would miss it: half of all,
+        where a step has one clip and clips differ as much as the tokens of a clip do.
+        """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.seen)
         count, total, squares = self.seen
-        mean = total / count
         self.updates += 1
-        weight = max(1 / self.updates.item(), self.momentum)
-        self.mean.lerp_(mean.to(self.mean), weight)
-        self.var.lerp_((squares / count - mean.square()).to(self.var), weight)
+        weight = (1 / self.updates.double()).clamp(min=self.momentum)
+        mean, second = self.mean.double(), self.var.double() + self.mean.double().square()
+        mean, second = torch.lerp(mean, total / count, weight), torch.lerp(second, squares / count, weight)
+        self.mean.copy_(mean)
+        self.var.copy_((second - mean.square()).clamp(min=0))
         self.seen.zero_()
 
     def reset(self) -> None:

@@ -22,7 +22,7 @@ from lightning_semgen.stages.compressor_learning import CompressorLearning
 from lightning_semgen.stages.frozen_parts import FrozenParts
 from lightning_semgen.stages.partner import is_trained, load_partner
 from lightning_semgen.stages.semantic_space import SemanticSpace
-from lightning_semgen.training.optimizer import adamw, follow_config
+from lightning_semgen.training.optimizer import adamw
 from lightning_semgen.video.generated import LatentVideo
 
 Guidance = list[tuple[Condition, float]]  # conditions to be moved away from, each with its scale
@@ -188,10 +188,6 @@ class Stage(ClipStage):
         known = {parameter for _, parameter in trained}
         others = [p for p in self.parameters() if p.requires_grad and p not in known]  # the compressor, and its teacher
         return adamw(trained, others, self.lr, self.weight_decay, self.warmup_steps, steps, self.compressor_steps)
-
-    def on_train_start(self) -> None:
-        if self.trainer.ckpt_path:
-            follow_config(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler)
 
     # Checkpoints
 

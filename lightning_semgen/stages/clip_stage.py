@@ -5,7 +5,7 @@ from dataclasses import replace
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from data.batch import Batch
+from data.batch import Batch, own_rows
 from data.clip import Clip
 from data.encoded.parts import Part
 from lightning_semgen.stages.frozen_parts import FrozenParts
@@ -67,3 +67,8 @@ class ClipStage(TrainedModule):
             return self.clip
         num_frames, height, width = batch["shape"][0]
         return replace(self.clip, num_frames=num_frames, height=height, width=width)
+
+    def log_validation(self, name: str, losses: Tensor, batch: Batch) -> None:
+        """The mean of losses (B,) over all validation clips, each counted once, on however many ranks."""
+        own = losses[own_rows(batch)]
+        self.log(f"val/{name}", own.sum() / max(len(own), 1), batch_size=len(own), sync_dist=True)

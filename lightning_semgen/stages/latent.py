@@ -119,7 +119,7 @@ class LatentStage(Stage):
             z_sem, posterior = self.space.sample(batch)
             own, shown = self.inference_semantics(z_sem, batch["key"]), {"z_sem": z_sem, "kl": posterior.kl}
         losses = self.flow_loss(self.ema, latents, batch, t, Condition(prompt, own))
-        self.log("val/flow_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
+        self.log_validation("flow_loss", losses, batch)
         if own is None:
             return shown
         before = self._before if batch_idx else own.z[-1:]
@@ -127,7 +127,7 @@ class LatentStage(Stage):
         if batch_idx or len(own.z) > 1:  # the first clip, where it is alone, has none before it
             other = Condition(prompt, replace(own, z=torch.cat([before, own.z[:-1]])))
             gap = self.flow_loss(self.ema, latents, batch, t, other) - losses
-            self.log("val/semantic_gap", gap.mean(), batch_size=len(losses), sync_dist=True)
+            self.log_validation("semantic_gap", gap, batch)
         return shown
 
     def inference_semantics(self, z_sem: Tensor, keys: Tensor) -> SemanticTokens:

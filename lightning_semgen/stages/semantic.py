@@ -61,7 +61,7 @@ class SemanticStage(Stage):
         z_sem, posterior = self.space.sample(batch)
         t, condition = self.validation_times(batch), Condition(self.frozen.prompt(batch))
         losses = self.flow_loss(self.ema, channels_first(z_sem), batch, t, condition)
-        self.log("val/flow_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
+        self.log_validation("flow_loss", losses, batch)
         return {"z_sem": z_sem, "kl": posterior.kl}
 
     def sample_semantics(self, captions: list[str], keys: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_semgen.model.generator_network import GeneratorNetwork
 from lightning_semgen.training.ema import ema_copy, update_ema
+from lightning_semgen.training.optimizer import follow_config
 from lightning_semgen.training.strategies import named, shard
 
 
@@ -54,6 +55,10 @@ class TrainedModule(LightningModule):
             model.clip_grad_norm_(gradient_clip_val)  # Lightning leaves it to us
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_start(self) -> None:
+        if self.trainer.ckpt_path:
+            follow_config(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         # The sharded strategies name what is in the optimiser themselves.

@@ -12,7 +12,7 @@ import torch
 import webdataset as wds
 from conftest import CLIP
 
-from data.batch import collate
+from data.batch import collate, own_rows
 from data.clip import Clip
 from data.codec.decode import decode_clip
 from data.codec.mp4 import write_mp4
@@ -385,3 +385,18 @@ def test_two_ranks_go_on_where_one_was_stopped_and_one_where_two_were(shards, mo
     assert two[0][0].state_dict() == two[1][0].state_dict()
     found += deliver([data_of(state=two[0][0].state_dict(), batch_size=6, num_workers=0)], 5)
     assert found == whole
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 20])
+def test_validation_has_every_clip_once_on_any_number_of_ranks(ranks, shards):
+    """16 clips in batches of 3; all ranks have as many batches, since they meet at each."""
+    seen, batches = [], set()
+    for rank in range(ranks):
+        data = VideoDataModule(val_shards=str(shards / "shards/toy/heldout-*.tar"), batch_size=3, num_workers=0)
+        data.trainer = SimpleNamespace(
+            global_rank=rank, world_size=ranks, lightning_module=SimpleNamespace(needs_video=False)
+        )
+        made = list(data.val_dataloader())
+        batches.add(len(made))
+        seen += [batch["position"][row].item() for batch in made for row in own_rows(batch)]
+    assert sorted(seen) == list(range(16)) and len(batches) == 1

@@ -86,7 +86,9 @@ def test_semantics_in_place_of_features_give_the_same_samples_and_losses(cls, sh
     video, encoded = batches(made, shards, tmp_path / "enc")
     assert "features" not in encoded and encoded["moments"].shape == (4, 2, 3, 3, 2 * 8)
     torch.testing.assert_close(made.space(encoded), made.space(video), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(made.training_step(encoded, 0)["loss"], made.training_step(video, 0)["loss"], rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        made.training_step(encoded, 0)["loss"], made.training_step(video, 0)["loss"], rtol=1e-3, atol=0
+    )
     made.validation_step(encoded, 0)
 
     expected = made.space.loaded

@@ -36,6 +36,18 @@ def test_statistics_are_a_mean_over_steps_and_are_saved(features):
     assert torch.equal(copy.standardise(features), compressor.standardise(features))
 
 
+@pytest.mark.parametrize("clips", [1, 2, 8])
+def test_the_running_variance_holds_what_lies_between_steps(clips):
+    """Clips that differ more than the tokens of a clip do: variance 1, of which 0.64 lies between clips."""
+    generator = torch.Generator().manual_seed(0)
+    standardise = Compressor(4, None).standardise
+    for _ in range(2000):
+        of_clip, of_token = (torch.randn(clips, n, 4, generator=generator) for n in (1, 20))
+        standardise.observe(0.8 * of_clip + 0.6 * of_token)
+        standardise.update()
+    torch.testing.assert_close(standardise.var, torch.ones(4), rtol=0.2, atol=0)
+
+
 def test_without_compression_the_feature_is_only_normalised(features):
     compressor = Compressor(24, None)
     posterior = compressor.posterior(compressor.moments(features), torch.randn_like(features))
