@@ -39,6 +39,7 @@ class SemGenCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Gallery, "gallery")
         link_clip(parser)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
@@ -86,7 +87,6 @@ class SemGenCLI(LightningCLI):
             Throughput(),
             RejectedSamples(),
             LossCurves(),
-            Gallery(),
             Channels(),
             CountSteps(),
             CompareRuns(),

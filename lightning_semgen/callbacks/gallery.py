@@ -25,8 +25,15 @@ Columns = dict[str, Tensor]  # uint8 videos (B, T, 3, H, W) by title
 class Gallery(Callback):
     """Pictures of the first clips, and the metrics of what is generated for them.
 
-    Every rank generates, since sharded networks need them all; the first one's clips are shown, all ranks' counted.
+    Every rank generates, since sharded networks need them all; the first one's clips are shown, all ranks' counted. A
+    picture that fails is a warning and never ends a fit.
+
+    Args:
+        enabled: whether validations generate; false saves the time, and there are no metrics of videos.
     """
+
+    def __init__(self, enabled: bool = True):
+        self.enabled = enabled
 
     def on_validation_start(self, trainer: Trainer, stage: Stage) -> None:
         self.metrics = build_metrics(stage.device)
@@ -34,12 +41,17 @@ class Gallery(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, stage: Stage, outputs, batch: dict, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx or trainer.sanity_checking or not isinstance(stage, Stage):
+        if batch_idx or trainer.sanity_checking or not self.enabled or not isinstance(stage, Stage):
             return
         batch = {name: values[:COUNTED] for name, values in batch.items()}
         own = own_rows(batch)
-        with trainer.precision_plugin.forward_context():  # as in validation and predict
-            shown = pictures(stage, batch)
+        try:
+            with trainer.precision_plugin.forward_context():  # as in validation and predict
+                shown = pictures(stage, loaded_partner(trainer, stage), batch)
+        except Exception as error:
+            if trainer.world_size > 1:
+                raise  # the other ranks wait for this one in a collective
+            return rank_zero_warn(f"There are no pictures of step {trainer.global_step}: {named(error)}")
         for name, columns in shown.items():
             for title in columns.keys() & {f"on {GENERATED}", f"on {NONE}"}:
                 for metric in self.metrics.values():
@@ -60,9 +72,9 @@ class Gallery(Callback):
 
 
 @torch.no_grad()
-def pictures(stage: Stage, batch: dict) -> dict[str, Columns]:
-    """The pictures of a validation batch, as far as the batch holds and the other stage's run makes them."""
-    semantic, latent = both_stages(stage)
+def pictures(stage: Stage, partner: Stage | None, batch: dict) -> dict[str, Columns]:
+    """The pictures of a validation batch; those that need the other stage only if there is one."""
+    semantic, latent = (stage, partner) if isinstance(stage, SemanticStage) else (partner, stage)
     z_sem = semantics(stage, semantic, batch)
     clips = originals(latent, batch)
     shown = {}
@@ -76,14 +88,25 @@ def pictures(stage: Stage, batch: dict) -> dict[str, Columns]:
     return shown
 
 
-def both_stages(stage: Stage) -> tuple[SemanticStage | None, LatentStage | None]:
-    """This stage and, once it is trained, its partner."""
+def loaded_partner(trainer: Trainer, stage: Stage) -> Stage | None:
+    """The other stage, once it is trained: on all ranks or on none, since all generate together.
+
+    The first rank decides whether it is there, as a file system may show a new file to some machines only.
+    """
     partner = None
-    try:
-        partner = stage.partner if stage.partner_run and stage.can_make_videos() else None
-    except UserError as error:
-        rank_zero_warn(f"The other stage's pictures are not shown: {error}")
-    return (stage, partner) if isinstance(stage, SemanticStage) else (partner, stage)
+    if trainer.strategy.broadcast(bool(stage.partner_run) and stage.can_make_videos()):
+        try:
+            partner = stage.partner
+        except Exception as error:
+            rank_zero_warn(f"The other stage's pictures are not shown: {named(error)}")
+        if not trainer.strategy.reduce_boolean_decision(partner is not None, all=True):
+            return None
+    return partner
+
+
+def named(error: Exception) -> str:
+    """A user's mistake as it is; any other error with its kind."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def semantics(stage: Stage, semantic: SemanticStage | None, batch: dict) -> dict[str, Tensor | None]:

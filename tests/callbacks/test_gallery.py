@@ -1,6 +1,7 @@
 """What a validation leaves in TensorBoard, read back from the event files of real fits."""
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def test_what_each_run_shows(trained, batch):
 
 def test_the_same_clips_through_every_part(trained, batch):
     latent = load_stage(trained / "latent_dim8")
-    shown = pictures(latent, batch)
+    shown = pictures(latent, latent.partner, batch)
     assert list(shown["videos"]) == ["video", "VAE reconstruction", "on real semantics", "on generated semantics"]
     assert list(shown["semantics"])[2:] == ["features", "real semantics", "generated semantics"]
     assert torch.equal(shown["videos"]["video"], batch["frames"])
@@ -112,12 +113,38 @@ def test_the_same_clips_through_every_part(trained, batch):
     del batch["frames"], batch["semantic_frames"]  # as encoded shards have it
     batch["features"] = torch.randn(4, 2, 3, 3, latent.space.encoder.dim)
     batch["latents"] = torch.randn(4, *latent.latent_shape)
-    assert list(pictures(latent, batch)["videos"])[0] == "VAE reconstruction"
-    assert list(pictures(load_stage(trained / "dim8"), batch)["semantics"])[0] == "features"
+    assert list(pictures(latent, latent.partner, batch)["videos"])[0] == "VAE reconstruction"
+    assert list(pictures(load_stage(trained / "dim8"), None, batch)["semantics"])[0] == "features"
 
 
 def test_the_baseline_shows_what_it_makes_of_prompts(batch):
-    shown = pictures(LatentStage(clip=CLIP, encoder="none", sampling_steps=1), batch)
+    shown = pictures(LatentStage(clip=CLIP, encoder="none", sampling_steps=1), None, batch)
     assert {name: list(columns) for name, columns in shown.items()} == {
         "videos": ["video", "VAE reconstruction", "on the prompt alone"]
     }
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no config", "another kind"])
+def test_a_partner_that_cannot_be_loaded_ends_no_fit(damage, trained, workspace, lightning):
+    for run in ("dim8", "latent_dim8"):
+        shutil.copytree(trained / run, f"runs/{run}")
+    checkpoint = Path("runs/latent_dim8/checkpoints/last.ckpt")
+    if damage == "truncated":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:10_000])
+    elif damage == "no config":
+        Path("runs/latent_dim8/config.yaml").unlink()
+    else:
+        shutil.copy("runs/dim8/checkpoints/last.ckpt", checkpoint)
+    again = (
+        "--trainer.default_root_dir=runs/again",
+        "--model.compressor=runs/dim8",
+        "--model.latent_run=runs/latent_dim8",
+    )
+    with pytest.warns(UserWarning, match="The other stage's pictures are not shown"):
+        lightning("fit", "-c", f"{CONFIGS}/dim8.yaml", *FIT, "--data.encoded=null", *again)
+    assert events("runs/again").Tags()["images"] == ["gallery/semantics"]
+
+
+def test_the_gallery_can_be_turned_off(workspace, lightning):
+    lightning("fit", "-c", f"{CONFIGS}/dim8.yaml", *FIT, "--data.encoded=null", "--gallery.enabled=false")
+    assert not events("runs/dim8").Tags()["images"] and "val/flow_loss" in events("runs/dim8").Tags()["scalars"]
