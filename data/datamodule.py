@@ -216,7 +216,8 @@ class VideoDataModule(LightningDataModule):
 
     def _loader(self, dataset: Dataset, **options) -> DataLoader:
         workers = {"num_workers": self.num_workers, "worker_init_fn": prepare_worker}
-        return DataLoader(dataset, collate_fn=collate, **workers, **options)
+        pinned = self.trainer.strategy.root_device.type == "cuda"  # so that copies to the GPU do not wait
+        return DataLoader(dataset, collate_fn=collate, pin_memory=pinned, **workers, **options)
 
     # State: how many samples have been delivered, on all ranks together
 

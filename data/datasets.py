@@ -44,9 +44,9 @@ class ClipDataset(Dataset):
     def sample(self, index: int, key: int | None = None) -> dict:
         """The sample with what is random about it drawn from `key`; without one the same for ever."""
         members = self.shards.read(index)
-        told = caption_of(members, key)
+        described = caption_of(members, key)
         encoded = {part: from_bytes(members[f"{part}.npy"]) for part in PARTS if f"{part}.npy" in members}
-        return told | (encoded or self._frames(members, told["info"], key))
+        return described | (encoded or self._frames(members, described["info"], key))
 
     def first_usable(self, indices: Iterable[int], key: int | None = None) -> tuple[dict, list[tuple[str, str]]]:
         """The first of these samples that can be used, and (key, cause) of those before it that cannot."""
@@ -195,8 +195,8 @@ def captions(shards: Shards) -> list[dict]:
     infos = []
     for index in range(len(shards)):
         with suppress(Rejected):
-            told = caption_of(shards.read(index, only=("json",)))
-            infos.append(told["info"] | {"caption": told["caption"]})
+            described = caption_of(shards.read(index, only=("json",)))
+            infos.append(described["info"] | {"caption": described["caption"]})
     return infos
 
 

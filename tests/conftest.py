@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lightning_semgen.cli import main  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, SHARED = ROOT / "configs", ROOT.parent / "shared"  # what is shared lies beside a checkout
+ON_CPU = SimpleNamespace(root_device=torch.device("cpu"))  # a strategy, as the data looks at it
 CLIP = Clip(49, 48, 48, 24.0, 1.6)
 LONG = Clip(241, 48, 48, 4.0, 0.2666667)  # of configs/long.yaml
 

@@ -33,10 +33,10 @@ def decode_clip(video: bytes, clip: Clip, start: float = 0.0, semantic_only: boo
     wanted = ((clip.semantic_times if semantic_only else clip.times) + start).tolist()
     if start >= WORTH_A_SEEK:
         with opened(video) as (container, stream):
-            if (frames := _sought(container, stream, start)) is not None:
-                return _chosen(frames, wanted, stream, clip)
+            if (frames := _from_key_frame(container, stream, start)) is not None:
+                return _pictures_at(frames, wanted, stream, clip)
     with opened(video) as (container, stream):
-        return _chosen(timed(container.decode(stream)), wanted, stream, clip)
+        return _pictures_at(timed(container.decode(stream)), wanted, stream, clip)
 
 
 def declared(video: bytes) -> dict[str, float]:
@@ -46,7 +46,7 @@ def declared(video: bytes) -> dict[str, float]:
         return {"duration": duration, "fps": float(stream.average_rate or 0)}
 
 
-def _chosen(frames: Iterator[Timed], wanted: list[float], stream: av.VideoStream, clip: Clip) -> Tensor:
+def _pictures_at(frames: Iterator[Timed], wanted: list[float], stream: av.VideoStream, clip: Clip) -> Tensor:
     """The pictures uint8 (T, 3, H, W) on display at the wanted seconds."""
     picture, made = _Picture(stream, clip), 0
     pictures = np.empty((len(wanted), clip.height, clip.width, 3), np.uint8)
@@ -61,7 +61,9 @@ def _chosen(frames: Iterator[Timed], wanted: list[float], stream: av.VideoStream
     raise Rejected(f"shorter than {clip.num_frames} frames at {clip.fps:g} fps")
 
 
-def _sought(container: av.container.InputContainer, stream: av.VideoStream, start: float) -> Iterator[Timed] | None:
+def _from_key_frame(
+    container: av.container.InputContainer, stream: av.VideoStream, start: float
+) -> Iterator[Timed] | None:
     """What `timed` gives, from a key frame at or before `start` on; None where the container finds none."""
     first = next(container.decode(stream), None)
     if first is None or first.pts is None:

@@ -57,12 +57,12 @@ class CutClips(ClipDataset):
         self.parts = parts
 
     def sample(self, index: int, key: int | None = None) -> dict:
-        told = caption_of(self.shards.read(index, only=("json",)), key)
-        start = self.selection.drawn(len(told["info"]["starts"]), key)
+        described = caption_of(self.shards.read(index, only=("json",)), key)
+        start = self.selection.drawn(len(described["info"]["starts"]), key)
         files = {name: [f"{name}.{file}" for file in part.names(start)] for name, part in self.parts.items()}
         members = self.shards.read(index, only=("text.npy", *chain(*files.values())))
         if missing := set(chain(*files.values())) - set(members):
             raise Rejected(f"no {min(missing).partition('.')[0]} at one of its starts")
         tensors = {name: [from_bytes(members[file]) for file in files[name]] for name in files}
         encoded = {name: part.cut(tensors[name]) for name, part in self.parts.items()}
-        return told | encoded | ({"text": from_bytes(members["text.npy"])} if "text.npy" in members else {})
+        return described | encoded | ({"text": from_bytes(members["text.npy"])} if "text.npy" in members else {})

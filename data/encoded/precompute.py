@@ -83,7 +83,7 @@ def precompute_shards(
     """
     for encoding in encodings:
         encoding.prepare()
-    sizes, tally = clips.shards.sizes, RejectionCount()
+    sizes, rejections = clips.shards.sizes, RejectionCount()
     ends, share = list(accumulate(sizes)), share_of(sizes, rank, world_size)
     missing = [encoding.missing(clips.shards, share) for encoding in encodings]
     todo = [shard for shard in share if any(shard in paths for paths in missing)]
@@ -92,13 +92,13 @@ def precompute_shards(
     batch_size = clips_at_once(clips.clip, batch_size)
     with tqdm(total=total, desc=f"encoding into {folders}", unit="clip", disable=rank != 0 or not total) as progress:
         for shard in todo:
-            part = Subset(Sifted(clips), range(ends[shard] - sizes[shard], ends[shard]))
+            part = Subset(ClipsOrCauses(clips), range(ends[shard] - sizes[shard], ends[shard]))
             worker_options = {"num_workers": workers, "worker_init_fn": prepare_worker}
-            loader = DataLoader(part, batch_size, collate_fn=_sift, **worker_options)
+            loader = DataLoader(part, batch_size, collate_fn=_collate_usable, **worker_options)
             wanted = [(e, paths[shard]) for e, paths in zip(encodings, missing, strict=True) if shard in paths]
             for _, path in wanted:
                 remove_unfinished(path)
-            _write(_good(loader, progress, tally, max_bad_share), wanted)
+            _write(_usable_batches(loader, progress, rejections, max_bad_share), wanted)
 
 
 def _write(batches: Iterable[dict], wanted: list[tuple[Encoding, Path]]) -> None:
@@ -130,7 +130,7 @@ def share_of(clips: list[int], rank: int, world_size: int) -> list[int]:
     return share
 
 
-class Sifted(Dataset):
+class ClipsOrCauses(Dataset):
     """The clips, with (key, cause) in place of one that is rejected."""
 
     def __init__(self, clips: Dataset):
@@ -143,16 +143,18 @@ class Sifted(Dataset):
             return self.clips.shards.samples[index][1], str(cause)
 
 
-def _sift(samples: list[dict | tuple[str, str]]) -> tuple[dict | None, list[tuple[str, str]]]:
+def _collate_usable(samples: list[dict | tuple[str, str]]) -> tuple[dict | None, list[tuple[str, str]]]:
     good = [sample for sample in samples if isinstance(sample, dict)]
     return collate(good) if good else None, [sample for sample in samples if isinstance(sample, tuple)]
 
 
-def _good(loader: DataLoader, progress: tqdm, tally: RejectionCount, max_bad_share: float) -> Iterator[dict]:
+def _usable_batches(
+    loader: DataLoader, progress: tqdm, rejections: RejectionCount, max_bad_share: float
+) -> Iterator[dict]:
     """The batches of clips that are not rejected."""
     for batch, rejected in loader:
-        tally.add(0 if batch is None else len(batch["info"]), rejected)
-        tally.check(max_bad_share)
+        rejections.add(0 if batch is None else len(batch["info"]), rejected)
+        rejections.check(max_bad_share)
         for key, cause in rejected:
             warnings.warn(f"Sample {key} is left out of the encoded shards: {cause}.", stacklevel=2)
         if batch is not None:

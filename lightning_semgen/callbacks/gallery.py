@@ -51,7 +51,7 @@ class Gallery(Callback):
         except Exception as error:
             if trainer.world_size > 1:
                 raise  # the other ranks wait for this one in a collective
-            return rank_zero_warn(f"There are no pictures of step {trainer.global_step}: {named(error)}")
+            return rank_zero_warn(f"There are no pictures of step {trainer.global_step}: {sentence(error)}")
         for name, columns in shown.items():
             for title in columns.keys() & {f"on {GENERATED}", f"on {NONE}"}:
                 for metric in self.metrics.values():
@@ -98,13 +98,13 @@ def loaded_partner(trainer: Trainer, stage: Stage) -> Stage | None:
         try:
             partner = stage.partner
         except Exception as error:
-            rank_zero_warn(f"The other stage's pictures are not shown: {named(error)}")
+            rank_zero_warn(f"The other stage's pictures are not shown: {sentence(error)}")
         if not trainer.strategy.reduce_boolean_decision(partner is not None, all=True):
             return None
     return partner
 
 
-def named(error: Exception) -> str:
+def sentence(error: Exception) -> str:
     """A user's mistake as it is; any other error with its kind."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 

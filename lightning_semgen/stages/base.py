@@ -184,9 +184,7 @@ class Stage(ClipStage):
             raise UserError("How long? Set trainer.max_steps: the learning rate falls to 0 there.")
         if self.learns_compressor:
             self.compressor_learning.check(steps)
-        trained = list(self.generator.named_parameters())
-        known = {parameter for _, parameter in trained}
-        others = [p for p in self.parameters() if p.requires_grad and p not in known]  # the compressor, and its teacher
+        trained, others = list(self.generator.named_parameters()), self.compressor_parameters()
         return adamw(trained, others, self.lr, self.weight_decay, self.warmup_steps, steps, self.compressor_steps)
 
     # Checkpoints

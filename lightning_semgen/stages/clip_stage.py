@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batch import Batch, own_rows
 from data.clip import Clip
@@ -54,6 +54,11 @@ class ClipStage(TrainedModule):
         """A frozen compressor's weights, from the checkpoint that this stage starts from or the run that learnt it."""
         if self.space is not None and self.space.run:
             self.space.load_compressor(self.trainer.ckpt_path or self.space.run)
+
+    def compressor_parameters(self) -> list[nn.Parameter]:
+        """Those of a compressor that is learnt, and of what teaches it."""
+        generator = set(self.generator.parameters())
+        return [p for p in self.parameters() if p.requires_grad and p not in generator]
 
     def seconds_of(self, clip: Clip) -> tuple[float, ...]:
         raise NotImplementedError

@@ -50,3 +50,6 @@ class CompressorLearning(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, stage, optimizer: torch.optim.Optimizer) -> None:
         if trainer.global_step < self.steps:
             self.space.compressor.standardise.update()
+            return
+        for parameter in stage.compressor_parameters():
+            parameter.grad = None  # it is frozen: clipping by norm must not count it

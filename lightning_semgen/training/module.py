@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from lightning_semgen.model.generator_network import GeneratorNetwork
 from lightning_semgen.training.ema import ema_copy, update_ema
 from lightning_semgen.training.optimizer import follow_config
-from lightning_semgen.training.strategies import named, shard
+from lightning_semgen.training.strategies import by_parameter_name, shard
 
 
 class TrainedModule(LightningModule):
@@ -64,4 +64,4 @@ class TrainedModule(LightningModule):
         # The sharded strategies name what is in the optimiser themselves.
         if "optimizer_states" in checkpoint and self.trainer.strategy.lightning_restore_optimizer:
             states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
-            checkpoint["optimizer_states"] = [named(state, optimizer, self) for state, optimizer in states]
+            checkpoint["optimizer_states"] = [by_parameter_name(state, optimizer, self) for state, optimizer in states]

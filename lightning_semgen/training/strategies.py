@@ -146,7 +146,7 @@ def total_norm(parameters: Iterable[nn.Parameter], model: nn.Module) -> Tensor:
     return norm
 
 
-def named(state: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+def by_parameter_name(state: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
     """An optimiser's state dict with the names of parameters in place of numbers, so that any strategy reads it."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]

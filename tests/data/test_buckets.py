@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CLIP, CONFIGS, stage
+from conftest import CLIP, CONFIGS, ON_CPU, stage
 from test_data import deliver
 
 from data.buckets import BlockOrder, BucketStream, clips_of, fitting, split_into
@@ -45,7 +45,9 @@ def data_of(packed, rank=0, ranks=1, state=None, made=None, **options):
     """A data module on one of several ranks, where the state says, and its training batches."""
     data = VideoDataModule(**{"train_shards": packed, "buckets": SHAPES, "seed": 5, "num_workers": 0} | options)
     module = made or SimpleNamespace(needs_video=False, check_clip=lambda clip: None)
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, training=True, lightning_module=module)
+    data.trainer = SimpleNamespace(
+        strategy=ON_CPU, global_rank=rank, world_size=ranks, training=True, lightning_module=module
+    )
     if state:
         data.load_state_dict(json.loads(json.dumps(state)))
     data.setup("fit")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from conftest import CLIP
+from conftest import CLIP, ON_CPU
 
 from data.batch import collate, own_rows
 from data.clip import Clip
@@ -350,7 +350,11 @@ def data_of(rank=0, ranks=1, state=None, **options):
     """A data module on one of several ranks, where the state says."""
     data = VideoDataModule(seed=5, **options)
     data.trainer = SimpleNamespace(
-        global_rank=rank, world_size=ranks, training=True, lightning_module=SimpleNamespace(needs_video=False)
+        strategy=ON_CPU,
+        global_rank=rank,
+        world_size=ranks,
+        training=True,
+        lightning_module=SimpleNamespace(needs_video=False),
     )
     if state:
         data.load_state_dict(json.loads(json.dumps(state)))
@@ -394,7 +398,10 @@ def test_validation_has_every_clip_once_on_any_number_of_ranks(ranks, shards):
     for rank in range(ranks):
         data = VideoDataModule(val_shards=str(shards / "shards/toy/heldout-*.tar"), batch_size=3, num_workers=0)
         data.trainer = SimpleNamespace(
-            global_rank=rank, world_size=ranks, lightning_module=SimpleNamespace(needs_video=False)
+            strategy=ON_CPU,
+            global_rank=rank,
+            world_size=ranks,
+            lightning_module=SimpleNamespace(needs_video=False),
         )
         made = list(data.val_dataloader())
         batches.add(len(made))

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from conftest import ON_CPU
 from torch.utils.data import DataLoader, Dataset
 
 from data.datamodule import VideoDataModule
@@ -203,7 +204,9 @@ def test_workers_read_on_their_own(packed, server):
 def first_batch(train_shards: str, **options) -> dict:
     module = VideoDataModule(train_shards, batch_size=4, num_workers=0, **options)
     stage = SimpleNamespace(needs_video=True)
-    module.trainer = SimpleNamespace(global_rank=0, world_size=1, training=True, lightning_module=stage)
+    module.trainer = SimpleNamespace(
+        strategy=ON_CPU, global_rank=0, world_size=1, training=True, lightning_module=stage
+    )
     return next(iter(module.train_dataloader()))
 
 

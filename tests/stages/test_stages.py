@@ -1,5 +1,7 @@
 """Contracts of the two stages: what is trained, what is saved, what a sample depends on."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import CLIP, stage
@@ -163,3 +165,12 @@ def test_a_checkpoint_trained_with_other_frozen_weights_is_refused(latent):
     checkpoint["fingerprint"]["vae_weights"] = "others"
     with pytest.raises(UserError, match="vae_weights others"):
         latent.on_load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(("step", "counted"), [(9, True), (10, False)])
+def test_clipping_does_not_count_a_frozen_compressor(step, counted, batch):
+    made = stage(SemanticStage, compressor_steps=10)
+    made.training_step(batch, 0)["loss"].backward()
+    made.compressor_learning.on_before_optimizer_step(SimpleNamespace(global_step=step), made, None)
+    assert all((p.grad is not None) == counted for p in made.compressor_parameters())
+    assert any(p.grad is not None for p in made.generator.parameters())
