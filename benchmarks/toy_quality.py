@@ -1,4 +1,4 @@
-"""Quality of the embedded encoder and VAE on held-out clips of the toy world.   python benchmarks/toy_parts.py"""
+"""Quality of the embedded encoder and VAE on held-out clips of the toy world.   python benchmarks/toy_quality.py"""
 
 import time
 from statistics import median
