@@ -31,7 +31,7 @@ BLOCKS = (2, 4)  # measured of a deeper network: two layouts of windows alternat
 
 @dataclass(frozen=True)
 class Cost:
-    """What a forward and backward pass costs.
+    """The cost of a forward and backward pass.
 
     Attributes:
         flops: of both.
@@ -68,7 +68,7 @@ def step_cost(
 
 
 def frozen_flops(stage: Stage, clip: Clip | None = None) -> int:
-    """FLOPs of the frozen parts on one clip that is not encoded; None: the nominal one."""
+    """FLOPs of the frozen parts on one clip; None: the nominal clip."""
     clip = clip or stage.clip
     streams = {"semantic_frames": len(clip.semantic_times), "frames": clip.num_frames}
     size = (3, clip.height, clip.width)
@@ -77,7 +77,7 @@ def frozen_flops(stage: Stage, clip: Clip | None = None) -> int:
 
 
 def tokens(stage: Stage, clip: Clip | None = None) -> dict[str, int]:
-    """Tokens of a clip, None: of the nominal one, by kind; of text at most."""
+    """Number of tokens of a clip (None: the nominal clip) by kind; for text, the maximum."""
     clip, counts = clip or stage.clip, {"text": stage.frozen.text.max_tokens}
     if stage.space is not None:
         counts["semantic"] = len(stage.space.grid_of(clip))
@@ -87,7 +87,7 @@ def tokens(stage: Stage, clip: Clip | None = None) -> dict[str, int]:
 
 
 class _Step(nn.Module):
-    """A step as the forward of one module, so that `functional_call` reaches all its parameters."""
+    """A training step as the forward pass of one module, so that `functional_call` reaches all parameters."""
 
     def __init__(self, stage: Stage, clip: Clip):
         super().__init__()
@@ -101,7 +101,7 @@ class _Step(nn.Module):
 
 
 class _Frozen(nn.Module):
-    """What the frozen parts do with clips."""
+    """The frozen parts' forward passes."""
 
     def __init__(self, stage: Stage):
         super().__init__()
@@ -119,7 +119,7 @@ class _Frozen(nn.Module):
 
 
 def _encoded(stage: Stage, clip: Clip) -> dict[str, Tensor]:
-    """An encoded clip as a batch, without content but for a prompt in bytes."""
+    """A batch of one encoded clip; tensors have no content, except for a prompt in bytes."""
     text, space, shapes = stage.frozen.text, stage.space, {}
     if space is not None:
         grid = space.grid_of(clip)
@@ -133,7 +133,7 @@ def _encoded(stage: Stage, clip: Clip) -> dict[str, Tensor]:
 
 
 def _measure(module: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype | None = None) -> "Meter":
-    """Runs a module on a batch, all its tensors replaced by fakes on the CPU; its generator's in `dtype`."""
+    """Runs a module on a batch with fake CPU tensors in place of all tensors; the generator's have `dtype`."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(name: str, tensor: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 @contextmanager
 def _altered(transformer: VideoTransformer, count: int, checkpoint_blocks: bool) -> Iterator[None]:
-    """The transformer with its first blocks alone, checkpointed or not."""
+    """Within it the transformer has only its first `count` blocks, checkpointed or not."""
     before = transformer.blocks, transformer.checkpoint_blocks
     transformer.blocks, transformer.checkpoint_blocks = transformer.blocks[:count], checkpoint_blocks
     try:

@@ -20,7 +20,7 @@ from lightning_semgen.model.windows import Windows, attention, windows_of
 
 @dataclass(frozen=True)
 class Layout:
-    """What self-attention knows of N tokens: windows, and in their order rotary turns (N, 1, head_dim / 2), complex."""
+    """Windows of N tokens, and their rotary factors exp(i·angle) (N, 1, head_dim / 2) in the order of the windows."""
 
     windows: Windows
     turns: Tensor
@@ -61,14 +61,14 @@ def modulated(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Te
 
 
 class RMSNorm(nn.RMSNorm):
-    """In its input's precision, as autocast has linear layers: there is no fused kernel for a mixture."""
+    """Computes in its input's precision, as linear layers do under autocast: a mixture has no fused kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
-    """In its input's precision too."""
+    """Computes in its input's precision, too."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.type_as(x), self.bias.type_as(x), self.eps)

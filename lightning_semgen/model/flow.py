@@ -48,7 +48,7 @@ def dimension_shift(numbers: int, low: float = 1.0, high: float = 8.0) -> float:
 
 
 def sampling_times(steps: int, shift: float) -> Tensor:
-    """The `steps` + 1 times that Euler visits, from 1 down to 0."""
+    """The `steps` + 1 times that a sampler visits, from 1 down to 0."""
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
 
 
