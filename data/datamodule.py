@@ -44,8 +44,8 @@ class VideoDataModule(LightningDataModule):
             over all clips and writes their output there; training reads it. null: the frozen parts run in each step.
         encoded_seconds: seconds in the middle of each training video that encoded shards hold; .inf: all. Training
             cuts clips from them at `clip_start`. null: one clip of each video.
-        clip_start: where a training clip lies in a longer video: "random", drawn anew each time, or "centre". Validation
-            clips, and encoded shards without `encoded_seconds`, are in the centre.
+        clip_start: where a training clip lies in a longer video: "random", drawn anew each time, or "centre". Clips of
+            validation, and of encoded shards without `encoded_seconds`, are in the centre.
         min_duration: seconds; shorter videos are rejected.
         min_fps: frames per second; slower videos are rejected. Otherwise their frames repeat on the grid of `fps`.
         max_bad_share: share of rejected samples above which a fit or an encode stops.

@@ -62,6 +62,7 @@ def step_cost(
     for count in counts:
         with _altered(transformer, count, checkpoint_blocks), mixed:
             meters.append(_measure(_Step(stage, clip), _encoded(stage, clip), dtype))
+    # All blocks cost the same, apart from their windows, which alternate: each further pair adds what the last one did.
     few, more, pairs = meters[0], meters[-1], (depth - counts[-1]) / 2
     flops, peak = (round(m + (m - f) * pairs) for f, m in ((few.flops, more.flops), (few.peak, more.peak)))
     return Cost(flops, peak, round((more.peak - few.peak) * depth / 2))
@@ -139,10 +140,10 @@ def _measure(module: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype | N
     def fake(name: str, tensor: Tensor) -> Tensor:
         ours = dtype if name.startswith("stage.generator.") else None
         with mode:
-            fake = torch.empty(tensor.shape, dtype=ours or tensor.dtype, requires_grad=tensor.requires_grad)
-        if fake.requires_grad:
-            fake.register_post_accumulate_grad_hook(_drop_gradient)
-        return fake
+            made = torch.empty(tensor.shape, dtype=ours or tensor.dtype, requires_grad=tensor.requires_grad)
+        if made.requires_grad:  # gradients are counted as a part of their own, not as activations
+            made.register_post_accumulate_grad_hook(_drop_gradient)
+        return made
 
     state = {name: fake(name, tensor) for name, tensor in chain(module.named_parameters(), module.named_buffers())}
     batch = {name: fake(name, tensor) if tensor.is_meta else tensor for name, tensor in batch.items()}
@@ -168,8 +169,10 @@ def _altered(transformer: VideoTransformer, count: int, checkpoint_blocks: bool)
 
 
 class Meter(TorchDispatchMode):
-    """FLOPs of what runs under it, by the formulas of torch's FlopCounterMode (which itself keeps checkpointed
-    activations alive), and the bytes of what operations made and nobody has freed, and their peak."""
+    """Counts FLOPs, and the bytes of tensors that operations made and that are still alive, with their peak.
+
+    FLOPs are by the formulas of torch's FlopCounterMode. That mode itself keeps checkpointed activations alive.
+    """
 
     def __init__(self):
         super().__init__()
@@ -180,13 +183,14 @@ class Meter(TorchDispatchMode):
         output = func(*args, **kwargs)
         if (formula := FORMULAS.get(func.overloadpacket)) is not None:
             self.flops += formula(*args, **kwargs, out_val=output)
-        seen = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}  # views, and what is in place
+        # A view, or the result of an operation in place, has the storage of an argument: nothing new was allocated.
+        seen = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(output):
             storage = tensor.untyped_storage()
             if storage._cdata not in seen:
                 seen.add(storage._cdata)
                 self.live += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage.nbytes())
+                weakref.finalize(storage, self._freed, storage.nbytes())  # autograd drops it when it needs it no more
         self.peak = max(self.peak, self.live)
         return output
 

@@ -8,14 +8,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Part:
-    """How a part of an encoded clip is cut from that of a longer one.
+    """How latents or features of a clip are cut from those of a longer video.
+
+    Clips may begin at several starts. The first `own` steps of a clip depend on its start (a causal VAE's first latent
+    sees one frame): they are stored for each start. The steps after them do not: they are stored once, in pieces of
+    `stride` steps. Example: a clip of 13 latents, starts 15 latents apart, own 4. The clip at start 1 is the 4 own
+    latents of start 1, then steps 19 to 27 of the video, from piece 1 (steps 15 to 29).
 
     Attributes:
-        axis: of time, in one sample's tensor.
-        steps: of a clip.
+        axis: axis of time in the tensor of one sample.
+        steps: steps of a clip.
         stride: steps from one start to the next.
-        own: steps at a clip's beginning that depend on where it begins; `steps` where nothing is kept once.
-        frames: of the clip, from which its own steps are made; None: all.
+        own: steps at a clip's beginning that are stored for each start; `steps`: all of them.
+        frames: frames of the clip that the own steps depend on; None: all.
     """
 
     axis: int

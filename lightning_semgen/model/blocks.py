@@ -136,7 +136,8 @@ class Block(nn.Module):
         return self.transformed(x, text, times, sizes, layout)
 
     def transformed(self, x: Tensor, text: Tensor, times: list[Tensor], sizes: list[int], layout: Layout) -> Tensor:
-        # times: one (B, 6, dim) a kind; sizes: how many of the N tokens are of it
+        # times: (B, 6, dim) for each kind of token; sizes: how many of the N tokens are of each kind. Latent and
+        # semantic tokens have different times. A modulation for each token would be gigabytes at 50,000 tokens.
         table = [(self.scale_shift_table + upcast(t)).chunk(6, dim=1) for t in times]
 
         def modulate(x: Tensor, norm: nn.Module, first: int) -> Tensor:

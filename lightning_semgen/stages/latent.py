@@ -89,7 +89,7 @@ class LatentStage(Stage):
         return self.frozen.vae
 
     def noised(self, z_sem: Tensor, keys: Tensor, tau: Tensor, grid: Grid) -> SemanticTokens:
-        """SemanticTokens (B, T', H', W', d) at the flow's times tau (B,)."""
+        """Noises semantics (B, T', H', W', d) to the flow's times tau (B,); the network gets tau as their time."""
         noise = random_numbers.normal(keys, "semantic noise", *z_sem.shape[1:])
         return SemanticTokens(flow.interpolate(z_sem, noise, tau), tau, grid)
 

@@ -146,6 +146,7 @@ class SemanticSpace(nn.Module):
     @torch.no_grad()
     def measure(self, batches, clips: int, batch_size: int) -> None:
         """Measures the statistics again, over at most `MEASURED_CLIPS` of the `clips`, on all ranks together."""
+        # The running statistics mix those of all compressors that this one has been while it learnt.
         self.compressor.standardise.reset()
         steps = tqdm(range(ceil(min(clips, MEASURED_CLIPS) / batch_size)), desc="measuring the semantics", leave=False)
         for _, batch in zip(steps, batches, strict=False):
