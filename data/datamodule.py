@@ -138,14 +138,14 @@ class VideoDataModule(LightningDataModule):
 
     @property
     def clip_options(self) -> dict:
-        """What decides which clips encoded shards are of."""
+        """The options that decide which clips encoded shards hold."""
         shards = {f"{split}_shards": patterns for split, patterns in self.shards.items()}
         stretch = {"encoded_seconds": self.encoded_options.seconds["train"]}
         bounds = self.encoded_options.bounds
         return shards | vars(self.clip) | bounds | stretch | {"max_member_mb": self.max_member_mb}
 
     def clips(self, split: str, encoded: bool) -> ClipDataset:
-        """The captioned clips of a split, from its video shards or from what was encoded of them."""
+        """The captioned clips of a split, from video shards or from encoded shards."""
         shards = self._shards(self.shards[split])
         if encoded:
             shards = self._shards([str(path) for path in encoded_paths(shards, self.encoded / split)])
@@ -209,7 +209,7 @@ class VideoDataModule(LightningDataModule):
         return self._shared_by_ranks(rows)
 
     def _shared_by_ranks(self, rows: Dataset) -> DataLoader:
-        """All rows, once each: some ranks see rows that are `repeated`, since all meet at every batch."""
+        """Loads every row once. Some ranks get rows that are marked `repeated`: all ranks need equally many batches."""
         rows = Repeated(rows, self.trainer.world_size)
         share = range(self.trainer.global_rank, len(rows), self.trainer.world_size)
         return self._loader(rows, batch_size=self.batch_size, sampler=share)

@@ -31,7 +31,7 @@ class Part:
 
     @classmethod
     def of(cls, axis: int, steps: int, stride: int, own: int, frames: int | None = None) -> "Part":
-        """All steps are own ones where that takes less space than these and what is kept once."""
+        """A part; all its steps are own steps if that takes less space."""
         return cls(axis, steps, stride, own, frames) if own + stride < steps else cls(axis, steps, stride, steps)
 
     @property
@@ -47,12 +47,12 @@ class Part:
         return [f"{n}.npy" for n in range((first + self.own) // self.stride, -(-(first + self.steps) // self.stride))]
 
     def names(self, start: int) -> list[str]:
-        """Everything that a clip is cut from, in order."""
+        """The names of the tensors that a clip is cut from, in order."""
         own = [self.own_name(start)] if self.own else []
         return own + (self.piece_names(start) if self.is_cut else [])
 
     def cut(self, tensors: list[Tensor]) -> Tensor:
-        """The clip of what `names` says."""
+        """The clip, from the tensors that `names` lists."""
         if not self.is_cut:
             return tensors[0]
         own, pieces = ([tensors[0]], tensors[1:]) if self.own else ([], tensors)
