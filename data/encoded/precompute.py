@@ -40,7 +40,8 @@ def all_ranks_finish() -> Iterator[None]:
 def precompute(pairs: Sequence[tuple[LightningDataModule, ClipModel]], rank: int = 0, world_size: int = 1) -> None:
     """Runs the models' frozen parts over all clips that are not encoded yet, each rank over its share of the shards.
 
-    Each model comes with its `VideoDataModule`. All see the clips in one pass; the first data module reads them. UserError where the clips are not the same.
+    Each model comes with its `VideoDataModule`. All see the clips in one pass; the first data module reads them.
+    UserError if the clips are not the same.
     """
     data, _ = pairs[0]
     for other, model in pairs:
