@@ -46,7 +46,7 @@ class Batch(TypedDict, total=False):
 
 
 def collate(samples: list[dict]) -> Batch:
-    """Stacks tensors but for `text`, makes tensors of the numbers `position` and `key`, lists the rest."""
+    """Stacks tensors except `text`, makes tensors of `position` and `key`, and lists everything else."""
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
     for name, values in batch.items():
         if isinstance(values[0], Tensor) and name != "text":

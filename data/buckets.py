@@ -29,9 +29,9 @@ def clips_of(shapes: Sequence[Sequence[int]], nominal: Clip) -> list[Clip]:
 
 
 def fitting(buckets: list[Clip], seconds: np.ndarray, height: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """For each video the bucket that wastes least of it, the first of equal ones; -1 for those too short for all.
+    """For each video the bucket that wastes least of it (the first of equal ones); -1 if it is too short for all.
 
-    Waste is the area that covers the bucket's over the area that the crop keeps, times how much it is enlarged.
+    Waste is the area of the scaled picture, divided by the area that the crop keeps, times the enlargement.
     """
     best, least = np.full(len(seconds), -1), np.full(len(seconds), np.inf)
     for number, clip in enumerate(buckets):
@@ -43,7 +43,7 @@ def fitting(buckets: list[Clip], seconds: np.ndarray, height: np.ndarray, width:
 
 
 def split_into(buckets: list[Clip], clips: ClipDataset) -> list[ClipDataset]:
-    """The clips of each bucket that has any; UserError where none has, or a shard does not say how its videos are."""
+    """The clips of each bucket that has any; UserError if none has, or if a shard does not know its videos' size."""
     best = fitting(buckets, *_measured(clips.shards))
     best[list(clips.shards.problems)] = 0  # rejected there, and counted
     members = [np.flatnonzero(best == number).tolist() for number in range(len(buckets))]
@@ -78,10 +78,11 @@ def _measured(shards: Shards) -> np.ndarray:
 
 
 class BlockOrder:
-    """Which bucket a batch is of, and where in that bucket's own endless order it lies: a pure function.
+    """The bucket of each batch, and the batch's place in the endless order of that bucket: a pure function.
 
-    Each order is cut into blocks of `size`, which may span two of its passes. By the end of epoch e, ⌈e · count / size⌉
-    blocks of each bucket have begun; those that an epoch adds come in random order.
+    A block is a batch of all ranks, so that they all have the same shape. Each bucket's order is cut into blocks of
+    `size`; a block may span two passes over the bucket. By the end of epoch e, ⌈e · count / size⌉ blocks of each bucket
+    have begun. The blocks that an epoch adds come in random order.
 
     Args:
         counts: samples of each bucket.

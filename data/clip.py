@@ -32,7 +32,7 @@ class Clip:
 
     @property
     def semantic_indices(self) -> list[int]:
-        """The frames nearest to 0, 1/semantic_fps, 2/semantic_fps, … s; encoders drop what fills no whole tubelet."""
+        """Indices of frames nearest to 0, 1/semantic_fps, 2/semantic_fps, … s. Encoders drop an incomplete tubelet."""
         steps = int(self.duration * self.semantic_fps + 1e-6) + 2
         nearest = [int(step * self.fps / self.semantic_fps + 0.5) for step in range(steps)]
         return [index for index in nearest if index < self.num_frames]
@@ -44,7 +44,7 @@ class Clip:
 
     @property
     def period(self) -> int:
-        """Frames from one place to the next at which whole latents and whole tubelets of the semantic stream begin."""
+        """Frames from one start to the next: at each, a latent and a tubelet of the semantic stream begin together."""
         tubelet = TUBELET * Fraction(str(self.fps)) / Fraction(str(self.semantic_fps))
         return lcm(tubelet.numerator, LATENT)
 

@@ -30,36 +30,36 @@ class VideoDataModule(LightningDataModule):
     """Captioned clips from WebDataset shards, and prompts to generate from.
 
     Args:
-        train_shards: glob or brace pattern (or a list) of the shards to train on, paths or URLs (s3://, gs://, https://).
+        train_shards: shards to train on: glob or brace pattern or a list of them, paths or URLs (s3://, gs://, https://).
         val_shards: the same for validation and test.
         batch_size: clips in a batch of one device.
         num_frames: frames of a clip at `fps`; 4k + 1 for VAEs that compress time by 4.
-        height: of the frames in pixels; a video is scaled to cover height and width and cropped in the middle.
-        width: likewise.
+        height: height of the frames in pixels; a video is scaled to cover height and width, and cropped in the middle.
+        width: width of the frames in pixels.
         fps: frames per second that the VAE sees.
         semantic_fps: frames per second that the semantic encoder sees.
-        buckets: shapes of training clips, [[height, width, num_frames], …]; each video has the one that fits it best,
-            each batch has one; null: that of `height`, `width` and `num_frames`, which validation and generation have.
-        encoded: folder of encoded shards, seen by all nodes; what the frozen parts say of the clips is written there
-            once, by the first fit or by `lightning encode`, on every device, and read from there ever after.
-        encoded_seconds: of each training video, in its middle, that encoded shards hold, .inf: all of it; training cuts
-            clips of `num_frames` from that at `clip_start`, at whole latents and semantic steps. null: one clip.
-        clip_start: where in a longer video a training clip lies: "random", anew each time, or "centre", as all clips of
-            validation do, and of encoded shards without `encoded_seconds`.
+        buckets: shapes of training clips, [[height, width, num_frames], …]. Each video goes to the shape that fits it
+            best, each batch has one shape; null: one shape, that of `height`, `width` and `num_frames`.
+        encoded: folder of encoded shards, seen by all nodes. The first fit or `lightning encode` runs the frozen parts
+            over all clips and writes their output there; training reads it. null: the frozen parts run in each step.
+        encoded_seconds: seconds in the middle of each training video that encoded shards hold; .inf: all. Training
+            cuts clips from them at `clip_start`. null: one clip of each video.
+        clip_start: where a training clip lies in a longer video: "random", drawn anew each time, or "centre". Clips of
+            validation, and of encoded shards without `encoded_seconds`, are in the centre.
         min_duration: seconds; shorter videos are rejected.
-        min_fps: frames per second; slower videos are rejected. Others repeat frames on the grid of `fps`.
-        max_bad_share: share of the samples seen above which rejected ones stop a fit or an encode.
-        open_shards: shards whose samples are mixed with each other; a run reads from that many at a time.
+        min_fps: frames per second; slower videos are rejected. Otherwise their frames repeat on the grid of `fps`.
+        max_bad_share: share of rejected samples above which a fit or an encode stops.
+        open_shards: number of shards whose samples are mixed with each other; a run reads from that many at a time.
         toy_clips: if > 0, a toy world with that many training clips is rendered where the shards are missing.
-        toy_scenes: scenes of a toy clip, of equal length: 1, or 3 or 4 with one sprite and a cut between two of them.
+        toy_scenes: scenes of a toy clip, of equal length: 1, or 3 or 4 with one sprite and a cut between two scenes.
         prompts: text file with one prompt a line, for predict.
-        reference: video, or folder or table of videos, whose semantics (layout and motion) predict generates from; each
-            with every prompt of `prompts`, else with its own caption, else with the empty prompt.
+        reference: video, or folder or table of videos, for predict. New videos follow their semantics (layout and
+            motion), with every prompt of `prompts`, else with the video's own caption, else with the empty prompt.
         samples_per_prompt: videos for each prompt, with seeds `seed`, `seed` + 1, …
-        max_member_mb: size in MB above which a file in a shard is not read and its sample rejected.
-        allow_pipe: whether shards may be commands, "pipe:COMMAND"; what each prints is copied once to this machine.
+        max_member_mb: size in MB above which a file in a shard is not read and its sample is rejected.
+        allow_pipe: whether shards may be commands, "pipe:COMMAND"; their output is copied once to this machine.
         num_workers: processes that read and decode.
-        seed: of the order of samples and of everything random about them; set by seed_everything.
+        seed: seed of the order of samples and of everything random about them; seed_everything sets it.
     """
 
     def __init__(
@@ -138,14 +138,14 @@ class VideoDataModule(LightningDataModule):
 
     @property
     def clip_options(self) -> dict:
-        """What decides which clips encoded shards are of."""
+        """The options that decide which clips encoded shards hold."""
         shards = {f"{split}_shards": patterns for split, patterns in self.shards.items()}
         stretch = {"encoded_seconds": self.encoded_options.seconds["train"]}
         bounds = self.encoded_options.bounds
         return shards | vars(self.clip) | bounds | stretch | {"max_member_mb": self.max_member_mb}
 
     def clips(self, split: str, encoded: bool) -> ClipDataset:
-        """The captioned clips of a split, from its video shards or from what was encoded of them."""
+        """The captioned clips of a split, from video shards or from encoded shards."""
         shards = self._shards(self.shards[split])
         if encoded:
             shards = self._shards([str(path) for path in encoded_paths(shards, self.encoded / split)])
@@ -209,7 +209,7 @@ class VideoDataModule(LightningDataModule):
         return self._shared_by_ranks(rows)
 
     def _shared_by_ranks(self, rows: Dataset) -> DataLoader:
-        """All rows, once each: some ranks see rows that are `repeated`, since all meet at every batch."""
+        """Loads every row once. Some ranks get rows that are marked `repeated`: all ranks need equally many batches."""
         rows = Repeated(rows, self.trainer.world_size)
         share = range(self.trainer.global_rank, len(rows), self.trainer.world_size)
         return self._loader(rows, batch_size=self.batch_size, sampler=share)

@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 
+# Why groups of shards: a permutation over all samples would read from all shards at once. Within a group of open shards
+# the order is a full permutation, and groups of other shards follow each other. Why a pure function: a resumed run, or
+# one on another number of ranks, then needs no state but a position.
 class SampleOrder:
-    """Shards permuted, and samples permuted within `open_shards` of them at a time, so that reads stay in few files.
+    """Permutes shards, and samples within each group of `open_shards`, so that reads stay in few files.
 
     Args:
         sizes: samples of each shard, which lie one shard after another.

@@ -9,7 +9,7 @@ DTYPE = torch.float32  # whatever the trainer's precision
 
 
 def sample_key(*parts: int | str) -> int:
-    """A 63-bit key of (seed, epoch, position) or whatever else names a draw."""
+    """A 63-bit key of (seed, epoch, position), or of other parts that identify a draw."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -29,14 +29,14 @@ def overview() -> str:
 
 
 def user_error(error: BaseException | None) -> UserError | None:
-    """The user's mistake behind an error: jsonargparse wraps what a constructor raises, a loader what a worker does."""
+    """The UserError behind an error: jsonargparse wraps errors of constructors, a loader wraps those of its workers."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__
     return error and UserError(str(error).strip().rsplit("UserError: ", 1)[-1])
 
 
 def silence_known_warnings() -> None:
-    """Silences what tells a user of this command nothing."""
+    """Silences warnings that do not help a user of this command."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*")  # of FSDP2; none is changed in place
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -61,7 +61,7 @@ def execute(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """A user's mistake ends the command with one sentence and exit code 1."""
+    """Runs the command line. A UserError ends it with one sentence and exit code 1."""
     silence_known_warnings()
     try:
         execute(sys.argv[1:])

@@ -31,7 +31,7 @@ BLOCKS = (2, 4)  # measured of a deeper network: two layouts of windows alternat
 
 @dataclass(frozen=True)
 class Cost:
-    """What a forward and backward pass costs.
+    """The cost of a forward and backward pass.
 
     Attributes:
         flops: of both.
@@ -62,13 +62,14 @@ def step_cost(
     for count in counts:
         with _altered(transformer, count, checkpoint_blocks), mixed:
             meters.append(_measure(_Step(stage, clip), _encoded(stage, clip), dtype))
+    # All blocks cost the same, apart from their windows, which alternate: each further pair adds what the last one did.
     few, more, pairs = meters[0], meters[-1], (depth - counts[-1]) / 2
     flops, peak = (round(m + (m - f) * pairs) for f, m in ((few.flops, more.flops), (few.peak, more.peak)))
     return Cost(flops, peak, round((more.peak - few.peak) * depth / 2))
 
 
 def frozen_flops(stage: Stage, clip: Clip | None = None) -> int:
-    """FLOPs of the frozen parts on one clip that is not encoded; None: the nominal one."""
+    """FLOPs of the frozen parts on one clip; None: the nominal clip."""
     clip = clip or stage.clip
     streams = {"semantic_frames": len(clip.semantic_times), "frames": clip.num_frames}
     size = (3, clip.height, clip.width)
@@ -77,7 +78,7 @@ def frozen_flops(stage: Stage, clip: Clip | None = None) -> int:
 
 
 def tokens(stage: Stage, clip: Clip | None = None) -> dict[str, int]:
-    """Tokens of a clip, None: of the nominal one, by kind; of text at most."""
+    """Number of tokens of a clip (None: the nominal clip) by kind; for text, the maximum."""
     clip, counts = clip or stage.clip, {"text": stage.frozen.text.max_tokens}
     if stage.space is not None:
         counts["semantic"] = len(stage.space.grid_of(clip))
@@ -87,7 +88,7 @@ def tokens(stage: Stage, clip: Clip | None = None) -> dict[str, int]:
 
 
 class _Step(nn.Module):
-    """A step as the forward of one module, so that `functional_call` reaches all its parameters."""
+    """A training step as the forward pass of one module, so that `functional_call` reaches all parameters."""
 
     def __init__(self, stage: Stage, clip: Clip):
         super().__init__()
@@ -101,7 +102,7 @@ class _Step(nn.Module):
 
 
 class _Frozen(nn.Module):
-    """What the frozen parts do with clips."""
+    """The frozen parts' forward passes."""
 
     def __init__(self, stage: Stage):
         super().__init__()
@@ -119,7 +120,7 @@ class _Frozen(nn.Module):
 
 
 def _encoded(stage: Stage, clip: Clip) -> dict[str, Tensor]:
-    """An encoded clip as a batch, without content but for a prompt in bytes."""
+    """A batch of one encoded clip; tensors have no content, except for a prompt in bytes."""
     text, space, shapes = stage.frozen.text, stage.space, {}
     if space is not None:
         grid = space.grid_of(clip)
@@ -133,16 +134,16 @@ def _encoded(stage: Stage, clip: Clip) -> dict[str, Tensor]:
 
 
 def _measure(module: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype | None = None) -> "Meter":
-    """Runs a module on a batch, all its tensors replaced by fakes on the CPU; its generator's in `dtype`."""
+    """Runs a module on a batch with fake CPU tensors in place of all tensors; the generator's have `dtype`."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(name: str, tensor: Tensor) -> Tensor:
         ours = dtype if name.startswith("stage.generator.") else None
         with mode:
-            fake = torch.empty(tensor.shape, dtype=ours or tensor.dtype, requires_grad=tensor.requires_grad)
-        if fake.requires_grad:
-            fake.register_post_accumulate_grad_hook(_drop_gradient)
-        return fake
+            made = torch.empty(tensor.shape, dtype=ours or tensor.dtype, requires_grad=tensor.requires_grad)
+        if made.requires_grad:  # gradients are counted as a part of their own, not as activations
+            made.register_post_accumulate_grad_hook(_drop_gradient)
+        return made
 
     state = {name: fake(name, tensor) for name, tensor in chain(module.named_parameters(), module.named_buffers())}
     batch = {name: fake(name, tensor) if tensor.is_meta else tensor for name, tensor in batch.items()}
@@ -158,7 +159,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 @contextmanager
 def _altered(transformer: VideoTransformer, count: int, checkpoint_blocks: bool) -> Iterator[None]:
-    """The transformer with its first blocks alone, checkpointed or not."""
+    """Within it the transformer has only its first `count` blocks, checkpointed or not."""
     before = transformer.blocks, transformer.checkpoint_blocks
     transformer.blocks, transformer.checkpoint_blocks = transformer.blocks[:count], checkpoint_blocks
     try:
@@ -168,8 +169,10 @@ def _altered(transformer: VideoTransformer, count: int, checkpoint_blocks: bool)
 
 
 class Meter(TorchDispatchMode):
-    """FLOPs of what runs under it, by the formulas of torch's FlopCounterMode (which itself keeps checkpointed
-    activations alive), and the bytes of what operations made and nobody has freed, and their peak."""
+    """Counts FLOPs, and the bytes of tensors that operations made and that are still alive, with their peak.
+
+    FLOPs are by the formulas of torch's FlopCounterMode. That mode itself keeps checkpointed activations alive.
+    """
 
     def __init__(self):
         super().__init__()
@@ -180,13 +183,14 @@ class Meter(TorchDispatchMode):
         output = func(*args, **kwargs)
         if (formula := FORMULAS.get(func.overloadpacket)) is not None:
             self.flops += formula(*args, **kwargs, out_val=output)
-        seen = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}  # views, and what is in place
+        # A view, or the result of an operation in place, has the storage of an argument: nothing new was allocated.
+        seen = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(output):
             storage = tensor.untyped_storage()
             if storage._cdata not in seen:
                 seen.add(storage._cdata)
                 self.live += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage.nbytes())
+                weakref.finalize(storage, self._freed, storage.nbytes())  # autograd drops it when it needs it no more
         self.peak = max(self.peak, self.live)
         return output
 

@@ -15,7 +15,7 @@ from lightning_semgen.video.generated import GeneratedVideo
 
 
 class Generator:
-    """Prompts to videos, the same ones as `lightning predict`."""
+    """Generates videos from prompts, the same ones as `lightning predict`."""
 
     def __init__(self, stage: LatentStage, precision: str | int | None = None):
         self.stage = stage

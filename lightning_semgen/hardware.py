@@ -9,7 +9,7 @@ USABLE = 0.9  # of a card's memory; the rest is left to CUDA, NCCL and fragments
 
 @dataclass(frozen=True)
 class GPU:
-    """What its datasheet says: dense bf16 FLOP/s at the peak, bytes of memory; how CUDA's name of it begins."""
+    """Datasheet values: dense bf16 peak in FLOP/s, memory in bytes; and the beginning of CUDA's name for it."""
 
     flops: float
     memory: float

@@ -47,12 +47,12 @@ class Setting:
 
     @property
     def gathers_half(self) -> bool:
-        """Whether weights are gathered in the precision that is computed in, though they have another."""
+        """Whether weights are gathered in bfloat16 although they are float32."""
         return self.precision == "bf16-mixed" and self.strategy.lower().startswith(("fsdp2", "modelparallel"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the generator computes."""
+        """The precision in which the generator computes."""
         return torch.bfloat16 if self.precision in HALF else torch.float32
 
 
@@ -126,7 +126,7 @@ def plan_fit(stage: Stage, setting: Setting, encoded: bool, gpu: str, mfu: float
 
 
 def activations(cost: Cost, parts: dict[str, float], setting: Setting) -> dict[str, float]:
-    """Bytes of a batch's activations; and, negative, of the gradients that come when some of those have gone.
+    """Bytes of a batch's activations; and, negative, of the gradients that take the place of freed ones.
 
     The backward pass frees the activations of a block and makes its gradients. So both are not there at once, unless
     gradients of an earlier batch, or DDP's buckets, hold their memory from the beginning.

@@ -47,7 +47,7 @@ def load_checkpoint(run: str | Path, parts: set[str] | None = None) -> dict[str,
 
 
 def link_clip(parser: ArgumentParser) -> None:
-    """The stage's nominal clip is what the data says, in training and wherever a stage is loaded."""
+    """Links the stage's nominal clip to the options of data."""
     for field in fields(Clip):
         parser.link_arguments(f"data.{field.name}", f"model.init_args.clip.{field.name}")
 
@@ -62,7 +62,7 @@ def load_stage(run: str | Path) -> LightningModule:
 
 
 def build_stage(config: Path) -> LightningModule:
-    """The stage of a run's config, in float32 wherever it is asked for: steps under bf16-true have another default."""
+    """Builds the stage of a run's config in float32; within a step under bf16-true torch has another default."""
     options = yaml.safe_load(config.read_text())
     parser = ArgumentParser()
     parser.add_subclass_arguments(LightningModule, "model", required=True)

@@ -35,7 +35,7 @@ TRAINER_DEFAULTS = {
 
 
 class SemGenCLI(LightningCLI):
-    """LightningCLI whose runs are folders (see `runs`)."""
+    """LightningCLI; a run is a folder (see `runs`)."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
@@ -114,7 +114,7 @@ class SemGenCLI(LightningCLI):
 
 
 def run(args: list[str] | None = None, execute: bool = True, kind: type[SemGenCLI] = SemGenCLI) -> SemGenCLI:
-    """Parses arguments and, if they are a subcommand's to execute, runs it."""
+    """Parses arguments and, with `execute`, runs their subcommand."""
     return kind(
         LightningModule,
         VideoDataModule,

@@ -30,7 +30,7 @@ from data.shards.reader import Shards
 
 
 class Stretches(ClipDataset):
-    """Captioned videos, of each the stretch of up to `seconds` in its middle that ends with the clip at its last start.
+    """Captioned videos; of each, the middle part of at most `seconds`, which ends with the clip at its last start.
 
     A sample is that of a clip, with `starts`, the seconds of the video at which clips begin.
     """

@@ -19,7 +19,7 @@ Encode = Callable[..., dict[str, Tensor | list[Tensor]]]
 
 @dataclass(frozen=True)
 class Encoding:
-    """What one stage's frozen parts make of clips: the folder of its shards, their fingerprint, and how.
+    """How the frozen parts of one stage encode clips: the folder of the shards, their fingerprint, and the function.
 
     `encode(batch, *only)` makes of a batch of a `ClipDataset` all or some of its `PARTS`: {"features": (B, …),
     "text": B × (L, dim), …}.
@@ -30,7 +30,7 @@ class Encoding:
     encode: Encode
 
     def prepare(self) -> None:
-        """The folder with its fingerprint; UserError where it holds shards of another one."""
+        """Makes the folder with its fingerprint; UserError if it holds shards with another fingerprint."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / "fingerprint.json").exists():
             check_fingerprint(self.folder, self.fingerprint)
@@ -51,7 +51,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class StretchEncoding(Encoding):
-    """An `Encoding` of `Stretches`, one at a time: what the `parts` of clips are cut from, and the text."""
+    """An `Encoding` of `Stretches`, one at a time. Clips are cut from the stored `parts`."""
 
     clip: Clip
     parts: dict[str, Part]

@@ -25,7 +25,7 @@ class EncodedOptions:
     selection: Selection
 
     def check_room(self) -> None:
-        """UserError where encoded shards of so many seconds would have one start."""
+        """UserError if that many seconds have room for one start only."""
         seconds, clip = self.seconds["train"], self.clip
         apart = clip.period / clip.fps
         if seconds is not None and not seconds >= (least := clip.duration + apart):
@@ -37,14 +37,14 @@ class EncodedOptions:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Which videos are used at all."""
+        """The limits below which a video is rejected."""
         return {"min_duration": self.selection.min_duration, "min_fps": self.selection.min_fps}
 
     def fingerprint(self, split: str, model: ClipModel) -> dict:
         return model.fingerprint() | {"encoded_seconds": self.seconds[split]} | self.bounds
 
     def encoding(self, split: str, model: ClipModel, batch_size: int) -> Encoding:
-        """What a model writes of a split's clips, or of stretches of the videos in batches of so many clips."""
+        """How a model encodes the clips of a split, or stretches of the videos in batches of `batch_size` clips."""
         what = self.folder / split, self.fingerprint(split, model), model.precompute
         if self.seconds[split] is None:
             return Encoding(*what)

@@ -8,14 +8,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Part:
-    """How a part of an encoded clip is cut from that of a longer one.
+    """How latents or features of a clip are cut from those of a longer video.
+
+    Clips may begin at several starts. The first `own` steps of a clip depend on its start (a causal VAE's first latent
+    sees one frame): they are stored for each start. The steps after them do not: they are stored once, in pieces of
+    `stride` steps. Example: a clip of 13 latents, starts 15 latents apart, own 4. The clip at start 1 is the 4 own
+    latents of start 1, then steps 19 to 27 of the video, from piece 1 (steps 15 to 29).
 
     Attributes:
-        axis: of time, in one sample's tensor.
-        steps: of a clip.
+        axis: axis of time in the tensor of one sample.
+        steps: steps of a clip.
         stride: steps from one start to the next.
-        own: steps at a clip's beginning that depend on where it begins; `steps` where nothing is kept once.
-        frames: of the clip, from which its own steps are made; None: all.
+        own: steps at a clip's beginning that are stored for each start; `steps`: all of them.
+        frames: frames of the clip that the own steps depend on; None: all.
     """
 
     axis: int
@@ -26,7 +31,7 @@ class Part:
 
     @classmethod
     def of(cls, axis: int, steps: int, stride: int, own: int, frames: int | None = None) -> "Part":
-        """All steps are own ones where that takes less space than these and what is kept once."""
+        """A part; all its steps are own steps if that takes less space."""
         return cls(axis, steps, stride, own, frames) if own + stride < steps else cls(axis, steps, stride, steps)
 
     @property
@@ -42,12 +47,12 @@ class Part:
         return [f"{n}.npy" for n in range((first + self.own) // self.stride, -(-(first + self.steps) // self.stride))]
 
     def names(self, start: int) -> list[str]:
-        """Everything that a clip is cut from, in order."""
+        """The names of the tensors that a clip is cut from, in order."""
         own = [self.own_name(start)] if self.own else []
         return own + (self.piece_names(start) if self.is_cut else [])
 
     def cut(self, tensors: list[Tensor]) -> Tensor:
-        """The clip of what `names` says."""
+        """The clip, from the tensors that `names` lists."""
         if not self.is_cut:
             return tensors[0]
         own, pieces = ([tensors[0]], tensors[1:]) if self.own else ([], tensors)

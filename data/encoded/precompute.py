@@ -30,7 +30,7 @@ HELD = 2**27  # bytes of frames that are encoded at once, unless one clip alone 
 
 @contextmanager
 def all_ranks_finish() -> Iterator[None]:
-    """No rank leaves before all have; they may be hours apart, a barrier of their own group gives up after minutes."""
+    """No rank leaves before all are done. Ranks may be hours apart; the barrier of the default group waits minutes."""
     if not (distributed.is_available() and distributed.is_initialized()):
         yield
         return
@@ -102,7 +102,7 @@ def precompute_shards(
 
 
 def _write(batches: Iterable[dict], wanted: list[tuple[Encoding, Path]]) -> None:
-    """One shard of each encoding, all of them while the batches pass."""
+    """Writes one shard of each encoding, in one pass over the batches."""
     with ExitStack() as stack:
         writers = [(encoding, stack.enter_context(shard_writer(path))) for encoding, path in wanted]
         for batch in batches:
@@ -112,7 +112,7 @@ def _write(batches: Iterable[dict], wanted: list[tuple[Encoding, Path]]) -> None
 
 
 def clips_at_once(clip: Clip, batch_size: int) -> int:
-    """What a training batch is of features may be too much of long videos' frames."""
+    """Clips that are encoded at once: a training batch, or fewer if their frames take more than `HELD` bytes."""
     return max(1, min(batch_size, HELD // (3 * clip.num_frames * clip.height * clip.width)))
 
 
@@ -131,7 +131,7 @@ def share_of(clips: list[int], rank: int, world_size: int) -> list[int]:
 
 
 class ClipsOrCauses(Dataset):
-    """The clips, with (key, cause) in place of one that is rejected."""
+    """The clips; in place of a rejected one, (key, cause)."""
 
     def __init__(self, clips: Dataset):
         self.clips = clips

@@ -16,7 +16,7 @@ PARTS = ("features", "moments", "latents", "text")
 
 
 def to_bytes(tensor: Tensor) -> bytes:
-    """float16 .npy: half the bytes, and a rounding far below the noise that training adds."""
+    """A float16 .npy: half the bytes; the rounding is far below the noise that training adds."""
     half, buffer = tensor.half().cpu(), io.BytesIO()
     assert half.isfinite().all(), "what is encoded does not fit float16"
     np.save(buffer, half.numpy())
@@ -24,7 +24,7 @@ def to_bytes(tensor: Tensor) -> bytes:
 
 
 def from_bytes(data: bytes) -> Tensor:
-    """The tensor of a .npy, float32; raises `Rejected` for what is none, as a pickle."""
+    """The float32 tensor of a .npy; raises `Rejected` for anything else, such as a pickle."""
     try:
         return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).float()
     except (ValueError, EOFError, TypeError) as error:
@@ -44,5 +44,5 @@ def check_fingerprint(folder: Path, fingerprint: dict) -> None:
 
 
 def encoded_paths(shards: Shards, folder: Path) -> list[Path]:
-    """Where the encoded shards of video shards are: named after what those hold, so that changed ones are new ones."""
+    """Paths of the encoded shards. Names hold a digest of the video shard, so a changed shard is a new one."""
     return [folder / f"{path.stem}-{digest}.tar" for path, digest in zip(shards.paths, shards.digests, strict=True)]

@@ -11,7 +11,7 @@ FRAMES, SIDE, TOKENS = 8, 448, 256  # of a video at most, of a frame's shorter s
 
 
 class Captioner:
-    """A model, on the GPU where there is one, that is shown a few frames of a video and answers a prompt."""
+    """A model that sees a few frames of a video and answers a prompt; on the GPU, if there is one."""
 
     def __init__(self, name: str, prompt: str):
         from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -56,7 +56,7 @@ def pack_videos(
 
 
 def _plan(videos: list[SourceVideo], shard_bytes: int, val_share: float) -> dict[str, list[SourceVideo]]:
-    """What goes into each shard, settled before anything is decoded so that it never depends on what was done."""
+    """The videos of each shard. It is decided before anything is decoded, so that it never depends on earlier work."""
     splits: dict[str, list[SourceVideo]] = {"train": [], "val": []}
     for video in videos:
         splits["val" if _draw(video) < val_share else "train"].append(video)

@@ -39,7 +39,7 @@ def probe(video: bytes) -> dict[str, float | int | str | None]:
 
 
 def _check_length(video: bytes, duration: float, declared: float | None, slack: float) -> None:
-    """RejectedSamples a video that ends early: decoders pass over the missing rest of a file without an error."""
+    """Rejects a video that ends early: decoders pass over the missing rest of a file without an error."""
     if declared is None:  # Matroska and others know only when the longest stream ends, which need not be the video
         with opened(video) as (container, _):
             declared = (container.duration or 0) / 1e6

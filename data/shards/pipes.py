@@ -12,7 +12,7 @@ PREFIX = "pipe:"
 
 
 def copied(shard: str, allowed: bool) -> Path:
-    """The file that holds what the command of "pipe:COMMAND" has printed; UserError where it failed or may not run."""
+    """The file with the output of the command of "pipe:COMMAND"; UserError if it failed or is not allowed."""
     if not allowed:
         raise UserError(f"{shard} would run a command: say --data.allow_pipe true if it may.")
     path = cache_folder("shards") / f"{blake2b(shard.encode(), digest_size=16).hexdigest()}.tar"

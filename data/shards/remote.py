@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder(name: str) -> Path:
-    """Where this machine keeps what it knows or has of remote files."""
+    """The folder in which this machine keeps indexes and copies of remote files."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_semgen" / name
 
 
@@ -177,7 +177,7 @@ def _range(files: fsspec.AbstractFileSystem, path: str, start: int, size: int) -
 
 
 def _http_options(url: str, size: int) -> dict[str, Any]:
-    """Of a request for some bytes of a file, so that the whole of it is never taken into memory."""
+    """Options of a range request: without them the whole file could be read into memory."""
 
     async def check(response: aiohttp.ClientResponse) -> None:
         if response.status == 200 and response.content_length != size:

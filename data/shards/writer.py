@@ -26,7 +26,7 @@ def shard_writer(path: Path) -> Iterator[Callable[[dict], None]]:
 
 
 def remove_unfinished(path: Path) -> None:
-    """What a killed process had begun of a shard; nobody may be writing it."""
+    """Deletes what a killed process has left of a shard; no other process may be writing that shard."""
     for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
         unfinished.unlink()
 

@@ -26,7 +26,7 @@ _MOMENTS = {"circle": 0, "bar": 1, "pillar": -1}
 
 @dataclass(frozen=True)
 class Reading:
-    """One of COLOURS, SHAPES and DIRECTIONS each, or "none" where the pixels do not tell."""
+    """Colour, shape and direction that pixels show; "none" where they do not tell."""
 
     colour: str
     shape: str

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from encoders.base import FrozenEncoder, pooled_seconds
 from encoders.published.checkpoint import Checkpoint
-from encoders.published.loading import Layout, build_network
+from encoders.published.loading import FileLayout, build_network
 from encoders.published.resize import crop_centre, resize, scaled_to
 from lightning_semgen.errors import UserError
 
@@ -65,7 +65,7 @@ class PublishedEncoder(FrozenEncoder):
         layer: after how many blocks the features are taken; None: where the authors take them.
     """
 
-    layouts: tuple[Layout, ...]
+    layouts: tuple[FileLayout, ...]
     kernel: str  # that resizes, a key of `resize.KERNELS`
     alone: bool = False  # whether a step sees the frames of its tubelet only
     short_side: tuple[float, float] | None = None  # of the authors' frames to the side of their crop; None: no crop

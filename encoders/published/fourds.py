@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from encoders.published.base import PublishedEncoder, Spec
 from encoders.published.checkpoint import Checkpoint
-from encoders.published.loading import Layout, Tensors
-from encoders.published.vit import VideoTransformer, patchify
+from encoders.published.loading import FileLayout, Tensors
+from encoders.published.vit import VideoViT, patchify
 
 NAMES = {
     "pos_embed": "encoder/posenc/embeddings",
@@ -36,7 +36,7 @@ def read(name: str, file: Tensors) -> Tensor:
     return tensor.flatten(0, -2).T if "kernel" in name else tensor
 
 
-class LearnedPositions(VideoTransformer):
+class LearnedPositions(VideoViT):
     """The transformer with the published table of positions (T', H', W', D)."""
 
     def __init__(self, spec: Spec):
@@ -52,7 +52,7 @@ class FourDS(PublishedEncoder):
     """
 
     kernel = "lanczos"
-    layouts = (Layout("encoder/patch_embedding/Conv_0/kernel", read, r"^params/layers_[^0]"),)
+    layouts = (FileLayout("encoder/patch_embedding/Conv_0/kernel", read, r"^params/layers_[^0]"),)
 
     def __init__(self, spec: Spec, checkpoint: Checkpoint | None, layer: int | None = None, **options):
         super().__init__(spec, layer=layer, **options)

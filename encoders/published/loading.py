@@ -17,7 +17,7 @@ SHOWN = 3  # names in an error
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """How the tensors of a published file become ours.
 
     Attributes:
@@ -34,7 +34,7 @@ class Layout:
 def build_network(
     build: Callable[[], nn.Module],
     checkpoint: Checkpoint | None,
-    layouts: tuple[Layout, ...],
+    layouts: tuple[FileLayout, ...],
     dtype: torch.dtype,
     source: str = "",
 ) -> nn.Module:
@@ -59,7 +59,7 @@ def build_network(
     return network
 
 
-def _recognise(checkpoint: Checkpoint, layouts: tuple[Layout, ...], source: str) -> tuple[Layout, str]:
+def _recognise(checkpoint: Checkpoint, layouts: tuple[FileLayout, ...], source: str) -> tuple[FileLayout, str]:
     for layout in layouts:
         found = [name.removesuffix(layout.anchor) for name in checkpoint if name.endswith(layout.anchor)]
         prefixes = [prefix for prefix in found if prefix.startswith(source)] if len(found) > 1 else found
@@ -90,7 +90,9 @@ class Tensors:
         return self.checkpoint[self.prefix + name]
 
 
-def load_strictly(network: nn.Module, checkpoint: Checkpoint, layout: Layout, prefix: str, dtype: torch.dtype) -> None:
+def load_strictly(
+    network: nn.Module, checkpoint: Checkpoint, layout: FileLayout, prefix: str, dtype: torch.dtype
+) -> None:
     """Every tensor of the network from the file, and nothing in the file left over; else a UserError with the cause."""
     checkpoint.require(prefix)
     tensors, state, missing, mismatched = Tensors(checkpoint, prefix), {}, [], []

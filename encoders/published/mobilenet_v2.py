@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from encoders.base import on_meta
 from encoders.published.base import PublishedEncoder, Spec
 from encoders.published.checkpoint import open_checkpoint
-from encoders.published.loading import Layout, build_network, load_strictly
+from encoders.published.loading import FileLayout, build_network, load_strictly
 from lightning_semgen.errors import UserError
 
 SPEC = Spec(
@@ -51,11 +51,11 @@ class MobileNetV2(PublishedEncoder):
         return cells.movedim(1, -1).unflatten(0, pixels.shape[:2])
 
 
-def numbered(network: nn.Module) -> Layout:
+def numbered(network: nn.Module) -> FileLayout:
     """A file whose convolutions are numbered in the order of the network; a convolution's bias is its norm's."""
     own, names = network.state_dict(), {}
     layers = [(name, part) for name, part in network.named_modules() if isinstance(part, nn.Conv2d | nn.BatchNorm2d)]
     for number, ((name, convolution), (norm, _)) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
         key = f"{number:02d}." + ("dw" if convolution.groups > 1 else "conv")
         names |= {f"{name}.weight": f"{key}.weight", f"{norm}.bias": f"{key}.bias"}
-    return Layout("", lambda name, file: file[names[name]] if name in names else own[name], ignorable=r"^52\.conv")
+    return FileLayout("", lambda name, file: file[names[name]] if name in names else own[name], ignorable=r"^52\.conv")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from encoders.published.base import PublishedEncoder, Spec
 from encoders.published.checkpoint import Checkpoint
-from encoders.published.loading import Layout, Tensors
+from encoders.published.loading import FileLayout, Tensors
 from encoders.published.vit import EPS, patchify
 
 WINDOW = 8  # patches: 112 pixels
@@ -151,7 +151,7 @@ class Qwen2_5_VL(PublishedEncoder):
 
     kernel = "bicubic"
     alone = True
-    layouts = (Layout("patch_embed.proj.weight", read, r"^(model|language_model|lm_head)\."),)
+    layouts = (FileLayout("patch_embed.proj.weight", read, r"^(model|language_model|lm_head)\."),)
 
     def __init__(
         self,

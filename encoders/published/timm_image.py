@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from encoders.base import on_meta
 from encoders.published.base import PublishedEncoder, Spec
 from encoders.published.checkpoint import open_checkpoint
-from encoders.published.loading import Layout, build_network, load_strictly
+from encoders.published.loading import FileLayout, build_network, load_strictly
 from lightning_semgen.errors import UserError
 
-LAYOUT = Layout("", lambda name, file: file[name], r"^(head|fc|classifier)\b")
+LAYOUT = FileLayout("", lambda name, file: file[name], r"^(head|fc|classifier)\b")
 PASS = 16  # frames
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from encoders.published.base import PublishedEncoder, Spec
 from encoders.published.checkpoint import Checkpoint
-from encoders.published.loading import Layout, Tensors
-from encoders.published.vit import VideoTransformer, patchify
+from encoders.published.loading import FileLayout, Tensors
+from encoders.published.vit import VideoViT, patchify
 
 
 def read(name: str, file: Tensors) -> Tensor:
@@ -37,7 +37,7 @@ class VideoMAE2(PublishedEncoder):
 
     kernel, short_side = "bilinear", (1, 1)
     layouts = (
-        Layout("patch_embed.proj.weight", read, r"(^|\.)(head|decoder|encoder_to_decoder|mask_token|pos_embed)\b"),
+        FileLayout("patch_embed.proj.weight", read, r"(^|\.)(head|decoder|encoder_to_decoder|mask_token|pos_embed)\b"),
     )
 
     def __init__(
@@ -49,7 +49,7 @@ class VideoMAE2(PublishedEncoder):
         **options,
     ):
         super().__init__(spec, layer=layer, **options)
-        self.network = self.load(partial(VideoTransformer, spec, norm=True), checkpoint)
+        self.network = self.load(partial(VideoViT, spec, norm=True), checkpoint)
         self.network.cut(layer, final_norm)
         self.register_buffer("table", sinusoid_table(spec), persistent=False)
 

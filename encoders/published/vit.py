@@ -54,7 +54,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class VideoTransformer(nn.Module):
+class VideoViT(nn.Module):
     """Patches to tokens, all of a clip attending to all.
 
     Args:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from encoders.published.base import PublishedEncoder, Spec, check_choice
 from encoders.published.checkpoint import Checkpoint
-from encoders.published.loading import Layout, Tensors
-from encoders.published.vit import VideoTransformer, patchify
+from encoders.published.loading import FileLayout, Tensors
+from encoders.published.vit import VideoViT, patchify
 
 AUTHORS_NAMES = {"patch_embed": "patch_embed.proj", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"}
 TRANSFORMERS_NAMES = AUTHORS_NAMES | {
@@ -51,8 +51,10 @@ class VJEPA2(PublishedEncoder):
 
     kernel, short_side = "bilinear", (256, 224)
     layouts = (
-        Layout("patch_embed.proj.weight", read_authors, r"^pos_embed$|^((target_)?encoder|predictor|opt|scaler)\."),
-        Layout("embeddings.patch_embeddings.proj.weight", read_transformers, r"(^|\.)(predictor|pooler|classifier)\."),
+        FileLayout("patch_embed.proj.weight", read_authors, r"^pos_embed$|^((target_)?encoder|predictor|opt|scaler)\."),
+        FileLayout(
+            "embeddings.patch_embeddings.proj.weight", read_transformers, r"(^|\.)(predictor|pooler|classifier)\."
+        ),
     )
 
     def __init__(
@@ -69,7 +71,7 @@ class VJEPA2(PublishedEncoder):
         check_choice("positions", positions, ("integer", "interpolated"))
         check_choice("source", source, ("encoder", "target_encoder"))
         self.interpolated = positions == "interpolated"
-        self.network = self.load(partial(VideoTransformer, spec, norm=True), checkpoint, source)
+        self.network = self.load(partial(VideoViT, spec, norm=True), checkpoint, source)
         self.network.cut(layer, final_norm)
 
     @staticmethod

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from encoders.base import on_meta
 from encoders.published.checkpoint import MissingWeights, open_checkpoint
-from encoders.published.loading import Layout, load_strictly
+from encoders.published.loading import FileLayout, load_strictly
 
 CHANNELS, WIDTH = 32, 64
 PASS = 16  # frames at once: the widest activations are 64 channels at full resolution
-LAYOUT = Layout("", lambda name, file: file[name], ignorable=r"(?!)")
+LAYOUT = FileLayout("", lambda name, file: file[name], ignorable=r"(?!)")
 
 
 def conv(inputs: int, outputs: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from encoders.base import on_meta
 from encoders.published.checkpoint import open_checkpoint
-from encoders.published.loading import Layout, build_network
+from encoders.published.loading import FileLayout, build_network
 from lightning_semgen.errors import UserError
 
 HUB_ID = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 DOWNLOAD = f"`hf download {HUB_ID} --include 'vae/*'` (about 0.5 GB)"
-LAYOUT = Layout("encoder.conv_in.weight", lambda name, file: file[name], ignorable=r"(?!)")
+LAYOUT = FileLayout("encoder.conv_in.weight", lambda name, file: file[name], ignorable=r"(?!)")
 UNTILED = 1280 * 720  # pixels of the largest frame that goes through whole
 
 Cache = list[Tensor | str | None]  # what diffusers' causal convolutions keep of the past, one entry each

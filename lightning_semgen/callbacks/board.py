@@ -15,7 +15,7 @@ CURVES = ("train/flow_loss", "val/flow_loss", "val/semantic_gap", *COMPARED)
 
 
 class RunLogger(TensorBoardLogger):
-    """Events in `folder` itself, without Lightning's curve of epochs: the stream of training samples has none."""
+    """Writes events into `folder` itself, without Lightning's curve of epochs: training has no epochs."""
 
     def __init__(self, folder: str, purge_step: int):
         super().__init__(folder, name="", version="", purge_step=purge_step)
@@ -29,7 +29,7 @@ class RunLogger(TensorBoardLogger):
 
 
 class CountSteps(Callback):
-    """Points of curves stand at the optimiser's steps: resumed with accumulation, Lightning counts one too many."""
+    """Puts the points of curves at optimiser steps. After a resume with accumulation Lightning counts one too many."""
 
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
@@ -57,7 +57,7 @@ class CompareRuns(Callback):
 
 
 def facts(trainer: Trainer, stage: Stage) -> dict[str, str | float]:
-    """The hyperparameters that matter, few as TensorBoard shows the first five of the alphabet.
+    """The hyperparameters that matter. They are few: TensorBoard shows the first five in alphabetical order.
 
     `semantic_dim` is D without compression and 0 without an encoder, `batch_size` that of an optimiser step.
     """
@@ -75,7 +75,7 @@ def facts(trainer: Trainer, stage: Stage) -> dict[str, str | float]:
 
 
 def writers(trainer: Trainer) -> list[SummaryWriter]:
-    """Of the TensorBoard loggers; none on other ranks than the first."""
+    """The writers of the TensorBoard loggers; only the first rank has any."""
     if not trainer.is_global_zero:
         return []
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

@@ -73,7 +73,7 @@ class Gallery(Callback):
 
 @torch.no_grad()
 def pictures(stage: Stage, partner: Stage | None, batch: dict) -> dict[str, Columns]:
-    """The pictures of a validation batch; those that need the other stage only if there is one."""
+    """The pictures of a validation batch. Some need the other stage and are missing without it."""
     semantic, latent = (stage, partner) if isinstance(stage, SemanticStage) else (partner, stage)
     z_sem = semantics(stage, semantic, batch)
     clips = originals(latent, batch)
@@ -89,7 +89,7 @@ def pictures(stage: Stage, partner: Stage | None, batch: dict) -> dict[str, Colu
 
 
 def loaded_partner(trainer: Trainer, stage: Stage) -> Stage | None:
-    """The other stage, once it is trained: on all ranks or on none, since all generate together.
+    """The other stage, if it is trained; on all ranks or on none, since all ranks generate together.
 
     The first rank decides whether it is there, as a file system may show a new file to some machines only.
     """
@@ -105,7 +105,7 @@ def loaded_partner(trainer: Trainer, stage: Stage) -> Stage | None:
 
 
 def sentence(error: Exception) -> str:
-    """A user's mistake as it is; any other error with its kind."""
+    """The text of a UserError; of any other error, its type too."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 

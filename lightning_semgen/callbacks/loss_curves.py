@@ -43,7 +43,7 @@ class LossCurves(Callback):
         check_finite(stage)  # the loss is of the weights before the step
 
     def finite_means(self, trainer: Trainer) -> dict[str, Tensor]:
-        """Those since the last report, of all ranks, by band of t; UserError where one of them is not finite."""
+        """Means since the last report, over all ranks, by band of t; UserError if a loss was not finite."""
         means = self.bands.compute()
         if not means[""].isfinite():
             raise UserError(

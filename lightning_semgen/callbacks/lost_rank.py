@@ -13,7 +13,7 @@ GLOO = re.compile("gloo|pair closure")  # what its errors say, which are Runtime
 
 
 class LostRank(Callback):
-    """What a collective says at length when another rank has died or is stuck, in one sentence."""
+    """Replaces the long error of a collective, when another rank has died or is stuck, by one sentence."""
 
     def on_exception(self, trainer: Trainer, stage: Stage, exception: BaseException) -> None:
         if trainer.world_size > 1 and (isinstance(exception, DistError) or GLOO.search(str(exception))):

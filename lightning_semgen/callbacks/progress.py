@@ -5,7 +5,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 
 class Progress(TQDMProgressBar):
-    """Steps done, of trainer.max_steps; there are no epochs to name."""
+    """Shows the steps done, out of trainer.max_steps."""
 
     def __init__(self):
         super().__init__(refresh_rate=10)

@@ -15,7 +15,7 @@ REFERENCES, VARIANTS = 8, 3  # of them, and of each in its row, on theirs
 
 
 class ReferenceSheet(Callback):
-    """predict with references: <run>/predict/contact_sheet.png, a row for each with its first variants beside it."""
+    """In predict with references, writes <run>/predict/contact_sheet.png: each reference beside its first variants."""
 
     def on_predict_start(self, trainer: Trainer, stage: Stage) -> None:
         self.rows: dict[str, list[tuple[Tensor, str]]] = {}

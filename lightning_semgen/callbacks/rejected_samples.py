@@ -13,7 +13,7 @@ from lightning_semgen.stages.base import Stage
 
 
 class RejectedSamples(Callback):
-    """Logs rejected samples by cause and appends them to <run>/rejected.jsonl; other ranks have files of their own.
+    """Logs rejected samples by cause and appends them to <run>/rejected.jsonl; each other rank has its own file.
 
     Raises UserError, on all ranks at once, where more than the data's `max_bad_share` of the samples seen are rejected.
     """

@@ -20,7 +20,7 @@ SHOWN = 16  # clips of a contact sheet
 
 
 class WriteResults(BasePredictionWriter):
-    """predict: a file for each prompt in <run>/predict; test: videos, a contact sheet and the numbers in <run>/test."""
+    """Writes a file for each prompt to <run>/predict; in test, videos, a contact sheet and numbers to <run>/test."""
 
     def __init__(self):
         super().__init__("batch")
@@ -65,19 +65,19 @@ class WriteResults(BasePredictionWriter):
 
 
 def without_repeated(batch: dict, made: dict) -> tuple[dict, dict]:
-    """The rows of a batch and what was made of them, but for those that are another rank's too."""
+    """The rows of a batch, and their results, that no other rank has."""
     own = own_rows(batch)
     return tuple({name: [values[row] for row in own] for name, values in rows.items()} for rows in (batch, made))
 
 
 def write_videos(folder: Path, videos: list[LatentVideo], batch: dict, stage: Stage) -> None:
-    """mp4 files that carry prompt and seed."""
+    """Writes mp4 files that carry prompt and seed as metadata."""
     for video, name, prompt, seed in zip(videos, file_names(batch), batch["caption"], batch["seed"], strict=True):
         GeneratedVideo(video, stage.clip.fps, prompt, seed).save(folder / f"{name}.mp4")
 
 
 def write_semantics(folder: Path, semantics: Tensor, batch: dict, stage: Stage) -> None:
-    """safetensors files with `semantics` (T', H', W', d) that carry prompt, seed and what the space is."""
+    """Writes safetensors files with `semantics` (T', H', W', d); metadata: prompt, seed, encoder and d."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = {name: json.dumps(value) for name, value in stage.space.facts.items()}
     for z, name, prompt, seed in zip(semantics, file_names(batch), batch["caption"], batch["seed"], strict=True):
@@ -86,6 +86,6 @@ def write_semantics(folder: Path, semantics: Tensor, batch: dict, stage: Stage) 
 
 
 def file_names(batch: dict) -> list[str]:
-    """After the reference, where there is one, or the prompt."""
+    """File names from the reference, if there is one, or from the prompt."""
     names = batch.get("reference", batch["caption"])
     return [file_name(*row) for row in zip(batch["number"], names, batch["seed"], strict=True)]

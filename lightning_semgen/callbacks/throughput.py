@@ -12,7 +12,7 @@ from lightning_semgen.stages.base import Stage
 
 
 class Throughput(Callback):
-    """Logs how fast a fit goes, what of it is waiting for data, and how much of the device it uses."""
+    """Logs the speed of a fit, the share of time that it waits for data, MFU and memory."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.peak, self.counts, self.costs = peak_flops(trainer.strategy.root_device), {}, {}

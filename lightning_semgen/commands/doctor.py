@@ -41,7 +41,7 @@ def doctor(
 
 
 def encoder_and_weights(name: str, options: dict) -> tuple[FrozenEncoder, str]:
-    """The encoder, with random weights where its own are not here, and which they are."""
+    """The encoder, and which weights it has: random ones if its own are missing here."""
     try:
         encoder = build_encoder(name, **options)
         weights = options.get("weights") or "its own weights"
@@ -54,7 +54,7 @@ def encoder_and_weights(name: str, options: dict) -> tuple[FrozenEncoder, str]:
 
 
 def first_seconds(video: Path, encoder: FrozenEncoder) -> tuple[Tensor, Tensor]:
-    """The frames uint8 (1, T, 3, H, W) that the encoder takes of a video's beginning, and their times (T,)."""
+    """The frames uint8 (1, T, 3, H, W) at the beginning of a video that the encoder sees, and their times (T,)."""
     try:
         with av.open(video) as container:
             stream = container.streams.video[0]

@@ -45,7 +45,7 @@ def _encode(trainer: Trainer, data: VideoDataModule, others: list[tuple[VideoDat
 
 
 def on_every_device(strategy: Strategy, work: Callable[[], None]) -> None:
-    """Does `work` in each process of a strategy, which the strategy's own launcher starts."""
+    """Runs `work` in each process of a strategy; the strategy's own launcher starts them."""
 
     def process() -> None:
         strategy.setup_environment()

@@ -54,7 +54,7 @@ def exported_parts(stage: Stage) -> dict[str, nn.Module]:
 
 
 def transformer_config(stage: Stage) -> dict:
-    """The config.json of diffusers; of another class, and with what is ours, where the network is not Wan's."""
+    """The config.json for diffusers. If the network is not Wan's, it names our class and our options."""
     transformer = stage.ema.transformer
     config = wan_config(transformer) | {"rotary_rate": transformer.rotary_rate}
     if is_wan(stage):
@@ -68,7 +68,7 @@ def transformer_config(stage: Stage) -> dict:
 
 
 def is_wan(stage: Stage) -> bool:
-    """Whether diffusers' network can say the same: nothing of ours, steps that begin at 0 and are evenly apart."""
+    """Whether diffusers' network is equivalent: no layers of ours, and steps evenly spaced from 0."""
     transformer = stage.ema.transformer
     ours = any(hasattr(transformer, layer) for layer in ("semantic_embedding", "time_embedding"))
     ours = ours or (transformer.window_seconds is not None and stage.seconds[-1] > transformer.window_seconds)
@@ -78,7 +78,7 @@ def is_wan(stage: Stage) -> bool:
 
 
 def hint(stage: Stage) -> str:
-    """How the frame rate differs where diffusers' rotary positions, one a latent, are not those of the run."""
+    """A note if the frame rate differs in diffusers, whose rotary positions are one per latent."""
     if not is_wan(stage):
         return ""
     fps = stage.ema.transformer.rotary_rate * stage.time_stride

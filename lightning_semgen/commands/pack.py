@@ -22,7 +22,7 @@ def pack(
     caption_prompt: str = PROMPT,
     workers: NonNegativeInt = CORES,
 ) -> None:
-    """Packs captioned videos into WebDataset shards. Killed, it goes on where it stopped when it is called again.
+    """Packs captioned videos into WebDataset shards. If it was killed, the same command continues.
 
     Args:
         source: folder of videos, with captions in NAME.txt or NAME.json beside NAME.mp4 or in a captions.jsonl or

@@ -41,7 +41,7 @@ def plan(arguments: list[str]) -> None:
 
 
 def table(facts: dict) -> str:
-    """The plan as lines for a person."""
+    """The plan as readable lines."""
     setting, card = facts["setting"], GPUS[facts["setting"]["gpu"]]
     batches, wait = facts["largest_batch"], facts["total_seconds"]
     steps = f"{setting['gpus']} × {setting['batch_size'] * setting['accumulate']} clips"
@@ -62,7 +62,7 @@ def table(facts: dict) -> str:
 
 
 def verdict(facts: dict) -> str:
-    """Whether it fits, and what may be done; a clip is on one GPU, since nothing here splits its tokens."""
+    """Whether it fits, and what to change if not. A clip is on one GPU: nothing splits its tokens."""
     setting, kept = facts["setting"], facts["activations_per_clip"]
     clip = (
         f"There is no context parallelism: a clip of {facts['clip_seconds']:.3g} s has to fit one GPU, and its"

@@ -44,7 +44,7 @@ class Adherence(VideoMetric):
                 self.in_order += torch.tensor([float(in_order), 1.0], device=self.in_order.device)
 
     def compute(self) -> dict[str, float]:
-        """For each attribute the share, and the lower end of its 95 % Wilson interval; nothing without videos."""
+        """The share for each attribute, and the lower end of its 95 % Wilson interval; empty without videos."""
         counted = [*((right, self.count) for right in self.right), self.in_order]
         shares = {
             name: ((right / n).item(), n.item()) for name, (right, n) in zip(self.names, counted, strict=True) if n > 0
@@ -54,12 +54,12 @@ class Adherence(VideoMetric):
 
 
 def directions_of(info: dict) -> list[str]:
-    """Of every scene of a toy video, in order."""
+    """The direction of every scene of a toy video, in order."""
     return list(info.get("directions", [info["direction"]] if "direction" in info else []))
 
 
 def shares_right(found: Sequence[Reading], wanted: Sequence[Reading]) -> list[float]:
-    """For each attribute the share of the wanted scenes that have it right in their place."""
+    """For each attribute, the share of wanted scenes whose counterpart at the same place has it right."""
     pairs = list(zip(found, wanted, strict=False))
     return [sum(getattr(a, name) == getattr(b, name) for a, b in pairs) / len(wanted) for name in Adherence.attributes]
 

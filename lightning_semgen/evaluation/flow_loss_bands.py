@@ -6,7 +6,7 @@ from torchmetrics import Metric
 
 
 class FlowLossBands(Metric):
-    """Mean of per-sample values, of all ranks, and in equal bands of t; `compute` leaves out bands without samples."""
+    """Mean of per-sample values of all ranks, in total and in equal bands of t. Empty bands are left out."""
 
     def __init__(self, bands: int = 4):
         super().__init__()

@@ -19,8 +19,8 @@ from lightning_semgen.model.windows import Windows, attention, windows_of
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What self-attention knows of N tokens: windows, and in their order rotary turns (N, 1, head_dim / 2), complex."""
+class TokenLayout:
+    """Windows of N tokens, and their rotary factors exp(i·angle) (N, 1, head_dim / 2) in the order of the windows."""
 
     windows: Windows
     turns: Tensor
@@ -35,13 +35,13 @@ def layouts(
     window_seconds: float | None,
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[Layout, Layout]:
+) -> tuple[TokenLayout, TokenLayout]:
     """The layouts of even and of odd layers; the first grid is the reference of the rotary positions."""
     positions = torch.cat([rotary_positions(grid, grids[0], rate) for grid in grids])
     angles = rotary_angles(positions, head_dim)[None, :, None]
     turns = torch.polar(torch.ones_like(angles), angles).to(device, dtype.to_complex())
     both = (windows_of(grids, window_seconds, shifted, device) for shifted in (False, True))
-    return tuple(Layout(windows, windows.gather(turns)[0]) for windows in both)
+    return tuple(TokenLayout(windows, windows.gather(turns)[0]) for windows in both)
 
 
 def per_kind(function: Callable[..., Tensor], sizes: list[int], *tensors: Tensor) -> Tensor:
@@ -61,14 +61,14 @@ def modulated(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Te
 
 
 class RMSNorm(nn.RMSNorm):
-    """In its input's precision, as autocast has linear layers: there is no fused kernel for a mixture."""
+    """Computes in its input's precision, as linear layers do under autocast: a mixture has no fused kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
-    """In its input's precision too."""
+    """Computes in its input's precision, too."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.type_as(x), self.bias.type_as(x), self.eps)
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q, self.norm_k = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)
 
-    def forward(self, x: Tensor, context: Tensor, layout: Layout | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, layout: TokenLayout | None = None) -> Tensor:
         q, k = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context))
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, self.to_v(context)))  # (B, N, heads, head_dim)
         if layout is None:
@@ -128,15 +128,18 @@ class Block(nn.Module):
         self.ffn = FeedForward(size.dim, inner_dim=size.ffn_dim, activation_fn="gelu-approximate")
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, size.dim) / size.dim**0.5)
 
-    def forward(self, x: Tensor, text: Tensor, times: list[Tensor], sizes: list[int], layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, times: list[Tensor], sizes: list[int], layout: TokenLayout) -> Tensor:
         if self.checkpointed and torch.is_grad_enabled():
             keep = partial(create_selective_checkpoint_contexts, keep_self_attention)
             options = {"context_fn": keep} if self.keeps_attention else {}
             return checkpoint(self.transformed, x, text, times, sizes, layout, use_reentrant=False, **options)
         return self.transformed(x, text, times, sizes, layout)
 
-    def transformed(self, x: Tensor, text: Tensor, times: list[Tensor], sizes: list[int], layout: Layout) -> Tensor:
-        # times: one (B, 6, dim) a kind; sizes: how many of the N tokens are of it
+    def transformed(
+        self, x: Tensor, text: Tensor, times: list[Tensor], sizes: list[int], layout: TokenLayout
+    ) -> Tensor:
+        # times: (B, 6, dim) for each kind of token; sizes: how many of the N tokens are of each kind. Latent and
+        # semantic tokens have different times. A modulation for each token would be gigabytes at 50,000 tokens.
         table = [(self.scale_shift_table + upcast(t)).chunk(6, dim=1) for t in times]
 
         def modulate(x: Tensor, norm: nn.Module, first: int) -> Tensor:

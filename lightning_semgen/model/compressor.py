@@ -19,7 +19,7 @@ class MLP(nn.Sequential):
 
 @dataclass
 class Posterior:
-    """A sample z (…, d) of the Gaussian that a feature became, and its KL to N(0, 1) in each channel, (…, d)."""
+    """A sample z (…, d) of the Gaussian N(μ, σ²) of a feature, and the KL to N(0, 1) of each channel (…, d)."""
 
     z: Tensor
     kl: Tensor

@@ -28,12 +28,12 @@ def velocity(z_0: Tensor, eps: Tensor) -> Tensor:
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """Moves times towards noise by the factor `shift`; 1 leaves them as they are."""
+    """Moves times towards noise: s·t / (1 + (s − 1)·t) for the factor s = `shift` (arXiv 2403.03206)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def logit_normal(n: Tensor, shift: float) -> Tensor:
-    """Training times from standard normal numbers: sigmoid(n), shifted."""
+    """Training times from standard normal numbers: sigmoid(n), shifted (Esser et al., arXiv 2403.03206)."""
     return shift_time(torch.sigmoid(n), shift)
 
 
@@ -48,7 +48,7 @@ def dimension_shift(numbers: int, low: float = 1.0, high: float = 8.0) -> float:
 
 
 def sampling_times(steps: int, shift: float) -> Tensor:
-    """The `steps` + 1 times that Euler visits, from 1 down to 0."""
+    """The `steps` + 1 times that a sampler visits, from 1 down to 0."""
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
 
 

@@ -9,14 +9,14 @@ from lightning_semgen.model.transformer import VideoTransformer
 
 
 class GeneratorNetwork(nn.Module):
-    """Predicts the velocity of z (B, C, T, H, W) from a `Condition` whose prompt is still to be read."""
+    """Predicts the velocity of z (B, C, T, H, W), given a `Condition` whose text is not yet embedded."""
 
     def __init__(self, text: nn.Module, transformer: VideoTransformer):
         super().__init__()
         self.text, self.transformer = text, transformer
 
     def read(self, condition: Condition) -> Condition:
-        """The condition with the text encoder's embeddings of its prompt; sampling does this once for all steps."""
+        """Embeds the text of a condition; sampling does this once for all steps."""
         return replace(condition, text=self.text(condition.text))
 
     def forward(self, z: Tensor, t: Tensor, condition: Condition, seconds: tuple[float, ...]) -> Tensor:

@@ -46,12 +46,12 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> 
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in float32 at least."""
+    """x in float32, or in float64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turns the interleaved pairs of x (B, N, heads, head_dim) by unit complex numbers (N, 1, head_dim / 2)."""
+    """Rotates interleaved pairs of x (B, N, heads, head_dim) by complex factors exp(i·angle) (N, 1, head_dim / 2)."""
     pairs = upcast(x).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # Inductor fuses what is real and not what is complex; by itself that is faster
         (a, b), cos, sin = pairs.unbind(-1), turns.real, turns.imag

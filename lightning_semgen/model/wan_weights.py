@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from encoders.published.checkpoint import Checkpoint, open_checkpoint
-from encoders.published.loading import Layout, load_strictly
+from encoders.published.loading import FileLayout, load_strictly
 from lightning_semgen.errors import UserError
 from lightning_semgen.model.sizes import SIZES, Size
 from lightning_semgen.model.transformer import VideoTransformer
@@ -45,7 +45,7 @@ def load_wan(transformer: VideoTransformer, weights: str) -> None:
     checkpoint.require("")
     new = new_layers(transformer, checkpoint)
     own, pattern = transformer.state_dict(), "|".join(rf"^{re.escape(layer)}\." for layer in new) or r"(?!)"
-    layout = Layout("", lambda name, file: own[name] if re.search(pattern, name) else file[name], ignorable=pattern)
+    layout = FileLayout("", lambda name, file: own[name] if re.search(pattern, name) else file[name], ignorable=pattern)
     load_strictly(transformer, checkpoint, layout, "", transformer.scale_shift_table.dtype)
     if SEMANTIC in new and INPUT not in new:
         with torch.no_grad():

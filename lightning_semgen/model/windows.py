@@ -45,7 +45,8 @@ def windows_of(grids: tuple[Grid, ...], seconds: float | None, shifted: bool, de
     if seconds is None or end <= seconds + ROUNDING:
         return Windows()
     first = seconds / 2 if shifted else seconds
-    last = max(first, end - seconds / 2 + ROUNDING)  # a later cut would leave less than half a window
+    # A later cut would leave less than half a window, so there is none: the remainder joins the window before it.
+    last = max(first, end - seconds / 2 + ROUNDING)
     cuts = torch.arange(first, last, seconds, dtype=torch.float64)
     steps = torch.bucketize(times - ROUNDING, cuts)  # the window of each step; what lies on a cut is before it
     window = steps.repeat_interleave(torch.tensor([g.height * g.width for g in grids for _ in g.seconds]))
@@ -53,7 +54,9 @@ def windows_of(grids: tuple[Grid, ...], seconds: float | None, shifted: bool, de
 
 
 def _grouped(window: Tensor, device: torch.device) -> Windows:
-    lengths = window.bincount()  # of a window between two steps: 0
+    # Attention needs no mask where windows of equal length lie side by side, as one batch. So windows are ordered by
+    # length: at 24 fps the first one has one latent more than the others, and the last may be longer.
+    lengths = window.bincount()  # 0 for a window that lies between two steps
     sizes = list(dict.fromkeys(lengths[lengths > 0].tolist()))  # in order of appearance
     counts = [int((lengths == size).sum()) for size in sizes]
     if sum(counts) == 1:

@@ -29,40 +29,40 @@ Guidance = list[tuple[Condition, float]]  # conditions to be moved away from, ea
 
 
 class Stage(ClipStage):
-    """A text-prompted generator trained by rectified flow.
+    """A generator conditioned on text, trained by rectified flow.
 
     Args:
-        clip: the nominal clip; set by the data's options.
+        clip: the nominal clip; the options of data set it.
         encoder: the frozen semantic encoder, a row of `encoders.ENCODERS`.
-        encoder_options: the encoder's own options.
-        compressor: "learn", or the folder of the run that learnt it.
+        encoder_options: options of the encoder itself.
+        compressor: "learn", or the folder of the run that learnt the compressor, which is then frozen.
         semantic_dim: d, channels of the semantics; null: no compression.
-        encode_semantics: whether encoded shards hold what a frozen compressor makes of the features in their place: 2d
-            numbers a token instead of D, good for that compressor alone.
-        size: a row of `transformer.SIZES`.
-        init_from: folder or hub id of Wan 2.1's weights in diffusers' format, from which a fresh fit starts; null: from
-            random ones.
-        text_encoder: "bytes" (small, learnt with the generator, reads 96 bytes), or hub id or folder of an encoder of
-            transformers, or of a pipeline of diffusers that has one.
-        rotary_rate: rotary positions per second; null: the video's latents per second, fps / 4 for a VAE that
-            compresses time by 4; with `init_from` Wan's, 4.
-        lr: peak learning rate, reached after `warmup_steps`, then falling by a cosine to 0 at trainer.max_steps.
+        encode_semantics: whether encoded shards hold the output of a frozen compressor, 2d numbers a token, and not the
+            features, D numbers. Such shards are for that compressor only.
+        size: size of the transformer: toy, S, B, 1.3B or 14B.
+        init_from: folder or hub id of Wan 2.1's weights in diffusers' format, from which a new fit starts; null: random
+            weights.
+        text_encoder: "bytes" (small, learnt with the generator, reads 96 bytes), or folder or hub id of a text encoder
+            of transformers, or of a pipeline of diffusers that has one.
+        rotary_rate: rotary positions per second; null: latents per second of the video (fps / 4 for a VAE that
+            compresses time by 4), or Wan's own, 4, with `init_from`.
+        lr: peak learning rate. It is reached after `warmup_steps` and falls by a cosine to 0 at trainer.max_steps.
         warmup_steps: optimiser steps of linear warm-up.
-        weight_decay: AdamW's, not on biases and norms.
-        ema_decay: of the average of the generator's weights (EMA), which validates and samples.
-        compressor_steps: step by which a learnt compressor's learning rate has fallen to 0; there its statistics are
-            measured anew and it is frozen.
+        weight_decay: weight decay of AdamW; biases and norms have none.
+        ema_decay: decay of the average of the generator's weights (EMA), which validates and samples.
+        compressor_steps: optimiser step at which the compressor is frozen: its learning rate has fallen to 0, and its
+            statistics are measured again.
         kl_weight: weight of the compressor's KL to N(0, 1), summed over channels, mean over tokens.
-        prompt_dropout: share of training prompts replaced by the empty one, for guidance.
-        guidance_scale: classifier-free guidance on the prompt at sampling; 1 is none.
+        prompt_dropout: share of training prompts that are replaced by the empty prompt, for guidance.
+        guidance_scale: classifier-free guidance on the prompt at sampling; 1: none.
         sampling_steps: steps of the sampler from noise to data.
-        sampler: a row of `flow.SAMPLERS`, which follows the flow from noise to data.
-        time_distribution: a row of `flow.TIME_DISTRIBUTIONS`, from which training draws its times.
-        compile_blocks: whether a fit compiles the transformer's blocks by torch.compile: minutes at its start.
-        checkpoint_blocks: whether training keeps each block's input alone and runs the block again in the backward
-            pass: less memory, more time.
-        keep_attention: whether, with checkpoint_blocks, the output of self-attention is kept too and not computed
-            again: faster, for the memory of one more input for each block.
+        sampler: euler or heun.
+        time_distribution: distribution of the times in training: logit_normal or uniform.
+        compile_blocks: whether a fit compiles the transformer's blocks (torch.compile); takes minutes at its start.
+        checkpoint_blocks: activation checkpointing: training keeps the input of each block and runs the block again in
+            the backward pass. It takes less memory and more time.
+        keep_attention: with `checkpoint_blocks`, whether the output of self-attention is kept and not computed again.
+            It saves time, and takes the memory of one more input for each block.
     """
 
     seconds: tuple[float, ...]  # of the steps of the generated thing, in the nominal clip
@@ -123,7 +123,7 @@ class Stage(ClipStage):
         window_seconds: float | None = None,
         absolute_time: bool = False,
     ) -> None:
-        """Makes the generator of things with that many channels, and its EMA."""
+        """Builds the generator of z with that many channels, and its EMA."""
         text = self.frozen.text
         rotary_rate = self.rotary_rate or (LATENTS_PER_SECOND if self.init_from else self.clip.fps / self.time_stride)
         transformer = VideoTransformer(
@@ -160,15 +160,15 @@ class Stage(ClipStage):
         return (v.float() - flow.velocity(z_0, eps)).square().flatten(1).mean(1)
 
     def losses(self, batch: Batch, t: Tensor, prompt: Tensor) -> dict[str, Tensor]:
-        """Of a training step at times t (B,): the flow loss (B,) and, of a compressor that is learnt, scalars."""
+        """Losses of a training step at times t (B,): the flow loss (B,) and scalars of a learnt compressor."""
         raise NotImplementedError
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """What is minimised, a scalar."""
+        """The loss that is minimised, a scalar."""
         return sum((self.kl_weight if name == "kl" else 1) * loss.mean() for name, loss in losses.items())
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """The loss at random times, with dropped prompts; and what `callbacks.loss_curves` makes curves of."""
+        """The loss at random times, with dropped prompts, and the values that `callbacks.loss_curves` logs."""
         noise = random_numbers.normal(batch["key"], "time")
         t = self.time_distribution(noise, self.shift_of(self.clip_of(batch)))
         losses = self.losses(batch, t, self.frozen.prompt(batch, self.prompt_dropout))
@@ -202,7 +202,7 @@ class Stage(ClipStage):
 
     @torch.no_grad()
     def sample(self, shape: tuple[int, ...], keys: Tensor, condition: Condition, guidance: Guidance) -> Tensor:
-        """Generates (B, *shape) with the EMA, from prompts that are still to be read."""
+        """Generates (B, *shape) with the EMA; the text of the conditions is not yet embedded."""
         network = self.ema
         own, *others = [network.read(each) for each in (condition, *(without for without, _ in guidance))]
 

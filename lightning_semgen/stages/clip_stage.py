@@ -14,7 +14,7 @@ from lightning_semgen.training.module import TrainedModule
 
 
 class ClipStage(TrainedModule):
-    """Is a `data.interface.ClipModel`.
+    """Implements `data.interface.ClipModel`.
 
     Attributes:
         clip: the nominal clip; a batch of a bucket has another shape.
@@ -43,7 +43,7 @@ class ClipStage(TrainedModule):
         return self.frozen.fingerprint()
 
     def precompute(self, batch: Batch, *only: str) -> dict[str, Tensor | list[Tensor]]:
-        """What `FrozenParts.precompute` says of a batch of clips, on the trainer's device."""
+        """`FrozenParts.precompute` on the trainer's device."""
         device = self.trainer.strategy.root_device
         self.frozen.to(device)
         if self.frozen.encode_semantics:
@@ -56,7 +56,7 @@ class ClipStage(TrainedModule):
             self.space.load_compressor(self.trainer.ckpt_path or self.space.run)
 
     def compressor_parameters(self) -> list[nn.Parameter]:
-        """Those of a compressor that is learnt, and of what teaches it."""
+        """Parameters of a learnt compressor and of the decoder that teaches it."""
         generator = set(self.generator.parameters())
         return [p for p in self.parameters() if p.requires_grad and p not in generator]
 
@@ -67,13 +67,13 @@ class ClipStage(TrainedModule):
         raise NotImplementedError
 
     def clip_of(self, batch: Batch) -> Clip:
-        """The clip that a batch holds: the nominal one, unless it says a shape (num_frames, height, width)."""
+        """The clip of a batch: the nominal clip, unless the batch has a `shape` (num_frames, height, width)."""
         if "shape" not in batch:
             return self.clip
         num_frames, height, width = batch["shape"][0]
         return replace(self.clip, num_frames=num_frames, height=height, width=width)
 
     def log_validation(self, name: str, losses: Tensor, batch: Batch) -> None:
-        """The mean of losses (B,) over all validation clips, each counted once, on however many ranks."""
+        """Logs the mean of losses (B,) over all validation clips; each counts once, on any number of ranks."""
         own = losses[own_rows(batch)]
         self.log(f"val/{name}", own.sum() / max(len(own), 1), batch_size=len(own), sync_dist=True)

@@ -17,7 +17,7 @@ from lightning_semgen.stages.semantic_space import SemanticSpace
 
 
 class FrozenParts:
-    """Outside the module tree, so in no checkpoint, EMA or optimiser.
+    """Encoder, VAE and text encoder. They are outside the module tree, so in no checkpoint, EMA or optimiser.
 
     Args:
         clip: the nominal clip.
@@ -49,7 +49,7 @@ class FrozenParts:
             part.to(device)
 
     def share(self, other: "FrozenParts") -> None:
-        """Takes the other's encoders where they are the same, so that a device has them once."""
+        """Takes the other's parts where they are the same, so that a device holds them once."""
         mine, theirs = self.fingerprint(), other.fingerprint()
         same = {name for name, value in mine.items() if theirs.get(name) == value}
         if {"text_encoder", "text_encoder_weights"} <= same:
@@ -63,7 +63,7 @@ class FrozenParts:
         return self.vae is not None or self.space is None or self.space.encoder.stream == "video"
 
     def fingerprint(self) -> dict:
-        """What encoded shards must have been made with to fit."""
+        """The parts and the clip that encoded shards must have been made with."""
         facts = {}
         if self.space is not None:
             facts = self.space.source | {"compressor": self.space.loaded if self.encode_semantics else None}
@@ -74,7 +74,7 @@ class FrozenParts:
         return facts | {"clip": vars(self.clip)}
 
     def check_trained_with(self, found: dict) -> None:
-        """UserError where these parts are not those of the fingerprint that a checkpoint carries."""
+        """UserError if a checkpoint's fingerprint names other weights than those of these parts."""
         for name, value in self.fingerprint().items():
             if name.endswith("_weights") and found.get(name) != value:
                 raise UserError(
@@ -83,7 +83,7 @@ class FrozenParts:
                 )
 
     def prompt(self, batch: Batch, dropout: float = 0.0) -> Tensor:
-        """What the generator is prompted with (B, …), from the batch or by the text encoder; a share are empty."""
+        """The prompts of the generator (B, …), from the batch or by the text encoder; a share `dropout` is empty."""
         dropped = (random_numbers.uniform(batch["key"], "prompt dropout") < dropout).tolist()
         if "text" in batch and not self.text.learnt:
             rows = zip(dropped, batch["text"], strict=True)
@@ -117,7 +117,7 @@ class FrozenParts:
 
     @property
     def cut_parts(self) -> dict[str, Part]:
-        """How what is said of a clip, but for its text, is cut from what is said of a longer one."""
+        """How latents and features of a clip are cut from those of a longer one."""
         parts = {}
         if self.space is not None:
             parts[self._semantic_name] = self.space.part_of(self.clip)

@@ -23,15 +23,16 @@ class LatentStage(Stage):
     """The latent generator (SemanticGen §3.2): prompt and semantics → VAE latents; with `encoder: none` the baseline.
 
     Args:
-        vae: a row of `encoders.vae.VAES`.
-        vae_weights: folder of its weights; null: its own, where they are embedded.
-        semantic_run: run of the semantic stage that turns prompts into semantics; null: the run of the compressor.
-        window_seconds: T_w of self-attention's windows, for clips that are longer; null: every token attends to all.
-        shift: of the flow's times towards noise.
-        semantic_noise: training noises semantics to a time τ drawn evenly from 0 to this.
+        vae: the frozen VAE: toy, wan or taef2.
+        vae_weights: folder of its weights; null: the embedded ones, or those in the local cache.
+        semantic_run: run of the semantic stage that turns prompts into semantics; null: the run that learnt the
+            compressor.
+        window_seconds: length T_w of the windows of self-attention, for clips that are longer; null: full attention.
+        shift: shift of the flow's times towards noise, in training and sampling; 1: none.
+        semantic_noise: in training, semantics are noised to a time τ that is drawn evenly from 0 to this.
         sampling_semantic_noise: the fixed τ at sampling.
-        semantic_dropout: share of training samples whose semantics are pure noise (τ = 1), for guidance on them.
-        semantic_guidance_scale: classifier-free guidance on the semantics at sampling; 1 is none.
+        semantic_dropout: share of training samples whose semantics are pure noise (τ = 1), for guidance on semantics.
+        semantic_guidance_scale: classifier-free guidance on the semantics at sampling; 1: none.
     """
 
     partner_option = "--model.semantic_run"
@@ -88,7 +89,7 @@ class LatentStage(Stage):
         return self.frozen.vae
 
     def noised(self, z_sem: Tensor, keys: Tensor, tau: Tensor, grid: Grid) -> SemanticTokens:
-        """SemanticTokens (B, T', H', W', d) at the flow's times tau (B,)."""
+        """Noises semantics (B, T', H', W', d) to the flow's times tau (B,); the network gets tau as their time."""
         noise = random_numbers.normal(keys, "semantic noise", *z_sem.shape[1:])
         return SemanticTokens(flow.interpolate(z_sem, noise, tau), tau, grid)
 

@@ -17,10 +17,10 @@ class SemanticStage(Stage):
     """The compressor and the semantic generator (SemanticGen §3.3): prompt → semantics.
 
     Args:
-        latent_run: run of the latent stage that shows the semantics as videos; null: the run of the compressor.
-        shift: of the flow's times towards noise; null: by the number of values of the nominal clip's semantics.
-        absolute_time: whether the generator is told when in the clip a token is, which Wan's network is not: its rotary
-            positions are relative and its text has none, so nothing but the clip's ends tells one scene from another.
+        latent_run: run of the latent stage that turns semantics into videos; null: the run that learnt the compressor.
+        shift: shift of the flow's times towards noise; null: √(N·d / 4096) for N tokens of the nominal clip, 1 to 8.
+        absolute_time: whether the input layer adds an embedding of each token's time in the clip. Rotary positions are
+            relative, so that without it nothing but the clip's ends tells one scene from another.
     """
 
     partner_option = "--model.latent_run"

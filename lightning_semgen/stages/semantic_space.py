@@ -66,13 +66,13 @@ class SemanticSpace(nn.Module):
 
     @cached_property
     def source(self) -> dict:
-        """What features depend on."""
+        """Everything that features depend on."""
         weights = self.encoder.fingerprint()
         return {"encoder": self.name, "encoder_options": self.options, "encoder_weights": weights}
 
     @property
     def facts(self) -> dict:
-        """What semantics depend on, but for the compressor's weights."""
+        """Everything that semantics depend on, except for the compressor's weights."""
         return self.source | {"semantic_dim": self.compressor.dim, "grid": [self.grid.height, self.grid.width]}
 
     @property
@@ -88,7 +88,7 @@ class SemanticSpace(nn.Module):
         return self.compressor.channels
 
     def load_compressor(self, run: str) -> None:
-        """From a run's folder or checkpoint; UserError where that is of another kind or still being learnt."""
+        """Loads the compressor of a run or checkpoint; UserError if it is of another kind or still learning."""
         prefix = "space.compressor."
         checkpoint = load_checkpoint(run, {f"state_dict.{prefix}{name}" for name in self.compressor.state_dict()})
         found = checkpoint["semantics"]
@@ -126,7 +126,7 @@ class SemanticSpace(nn.Module):
         return self.encoder(batch["semantic_frames" if self.encoder.stream == "semantic" else "frames"])
 
     def moments(self, batch: Batch) -> Tensor:
-        """What samples are drawn from (B, T', H', W', 2d), from the batch or by encoder and compressor."""
+        """μ and log σ² (B, T', H', W', 2d), from the batch or by encoder and compressor."""
         return batch["moments"] if "moments" in batch else self.compressor.moments(self.features(batch))
 
     def posterior(self, batch: Batch) -> Posterior:
@@ -145,7 +145,8 @@ class SemanticSpace(nn.Module):
 
     @torch.no_grad()
     def measure(self, batches, clips: int, batch_size: int) -> None:
-        """Measures the statistics anew over all `clips`, or `MEASURED_CLIPS` of more, on all ranks together."""
+        """Measures the statistics again, over at most `MEASURED_CLIPS` of the `clips`, on all ranks together."""
+        # The running statistics mix those of all compressors that this one has been while it learnt.
         self.compressor.standardise.reset()
         steps = tqdm(range(ceil(min(clips, MEASURED_CLIPS) / batch_size)), desc="measuring the semantics", leave=False)
         for _, batch in zip(steps, batches, strict=False):

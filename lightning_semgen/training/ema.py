@@ -10,13 +10,13 @@ from torch import nn
 
 
 def ema_copy(network: nn.Module) -> nn.Module:
-    """Where the average begins: a copy of the network that no optimiser changes."""
+    """The average at its start: a copy of the network, without gradients."""
     return deepcopy(network).requires_grad_(False)
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """Moves the average towards the network; over the first steps its memory is short, as their weights are random."""
+    """Moves the average towards the network. In the first steps it moves faster, since their weights are random."""
     decay = min(decay, (1 + step) / (10 + step))
     averages = list(ema.parameters())
     latest = [p.to(a.dtype) for p, a in zip(network.parameters(), averages, strict=True)]

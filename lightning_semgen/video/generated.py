@@ -37,7 +37,7 @@ class LatentVideo:
 
     @property
     def preview(self) -> Tensor:
-        """Its frames or, of more than 128, that many evenly spaced ones, (t, 3, H, W) on the CPU.
+        """At most 128 evenly spaced frames (t, 3, H, W) on the CPU.
 
         They are kept when the video is watched to its end, which is done here if it has not been yet.
         """

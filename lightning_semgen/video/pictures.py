@@ -92,7 +92,7 @@ def evenly(videos: Tensor, frames: int = STRIP) -> Tensor:
 
 
 def evenly_spaced(length: int, count: int) -> Tensor:
-    """That many of the indices of so long a thing (count,), the first and the last among them."""
+    """`count` evenly spaced indices of a sequence, with the first and the last."""
     return torch.linspace(0, length - 1, count).round().long()
 
 
