@@ -6,8 +6,8 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from lightning import LightningDataModule
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
@@ -21,9 +21,6 @@ from data.rejected import Rejected, RejectionCount
 from data.shards.writer import remove_unfinished, shard_writer
 from data.workers import prepare_worker
 from lightning_semgen.errors import UserError
-
-if TYPE_CHECKING:
-    from data.datamodule import VideoDataModule
 
 HELD = 2**27  # bytes of frames that are encoded at once, unless one clip alone has more; networks take a multiple
 
@@ -40,10 +37,11 @@ def all_ranks_finish() -> Iterator[None]:
 
 
 @all_ranks_finish()
-def precompute(pairs: Sequence[tuple["VideoDataModule", ClipModel]], rank: int = 0, world_size: int = 1) -> None:
+def precompute(pairs: Sequence[tuple[LightningDataModule, ClipModel]], rank: int = 0, world_size: int = 1) -> None:
     """Runs the models' frozen parts over all clips that are not encoded yet, each rank over its share of the shards.
 
-    All see the clips in one pass; the first data module reads them. UserError where the clips are not the same.
+    Each model comes with its `VideoDataModule`. All see the clips in one pass; the first data module reads them.
+    UserError if the clips are not the same.
     """
     data, _ = pairs[0]
     for other, model in pairs:
@@ -59,7 +57,7 @@ def precompute(pairs: Sequence[tuple["VideoDataModule", ClipModel]], rank: int =
         precompute_shards(clips, encodings, batch_size, data.num_workers, data.max_bad_share, rank, world_size)
 
 
-def check_same_clips(data: "VideoDataModule", other: "VideoDataModule") -> None:
+def check_same_clips(data: LightningDataModule, other: LightningDataModule) -> None:
     for name, value in other.clip_options.items():
         if value != (mine := data.clip_options[name]):
             raise UserError(

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from data.pack.sources import UNREADABLE, SourceVideo, find_videos, merged, unique_keys
+from data.pack.sources import UNREADABLE, SourceVideo, find_videos, unique_keys
 from data.shards.reader import VIDEO_EXTENSIONS, Shards, expand
+from data.shards.records import merged
 from lightning_semgen.errors import UserError
 
 

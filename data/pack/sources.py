@@ -1,19 +1,18 @@
 """The videos of a folder, a table or a file, and what is said of each."""
 
-import csv
-import json
 import os
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-from data.shards.index import has_caption
+from data.pack.tables import FORMS, IN_FOLDERS, is_table, read_table
 from data.shards.reader import VIDEO_EXTENSIONS
+from data.shards.records import has_caption, merged
 from lightning_semgen.errors import UserError
 
-TABLES = ("captions.jsonl", "captions.csv")
 UNREADABLE = "its .json or .txt is not readable"
 
 
@@ -40,16 +39,14 @@ class SourceVideo:
 def find_videos(source: Path) -> list[SourceVideo]:
     """The videos of a folder or a table, sorted, or the one of a file; UserError where there are none."""
     if source.is_dir():
-        tables = [source / name for name in TABLES if (source / name).exists()]
-        if len(tables) > 1:
-            raise UserError(f"{source} has both {' and '.join(TABLES)}: keep one.")
-        root, infos = source, _sidecars(source) | (_table(tables[0]) if tables else {})
-    elif source.is_file() and source.suffix in (".jsonl", ".csv"):
-        root, infos = source.parent, _table(source)
+        root, infos = source, _folder(source)
+    elif source.is_file() and is_table(source):
+        root, infos = source.parent, read_table(source)
+        _tell_of_missing(source, infos)
     elif source.is_file() and _extension(source.name) in VIDEO_EXTENSIONS:
         root, infos = source.parent, {source.name: _sidecar(source)}
     elif source.exists():
-        raise UserError(f"{source} is neither a folder nor a video nor a .jsonl or .csv table.")
+        raise UserError(f"{source} is neither a folder nor a video nor a table ({', '.join(FORMS)}).")
     else:
         raise UserError(f"There is no {source}.")
     if not infos:
@@ -99,10 +96,65 @@ def whole_key(key: str) -> str:
     return re.sub(r"(?<=.)_s\d{3,}$", "", key)
 
 
-def _sidecars(folder: Path) -> dict[str, dict | None]:
-    """What the .json and .txt beside each video of a folder say of it, None where they are broken."""
-    videos = [path for path in folder.rglob("*") if _extension(path.name) in VIDEO_EXTENSIONS and path.is_file()]
-    return {path.relative_to(folder).as_posix(): _sidecar(path) for path in videos}
+def _folder(folder: Path) -> dict[str, dict | None]:
+    """What the files beside the videos of a folder and its tables say of each; warnings tell what is not understood."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    videos = [path for path in files if _extension(path.name) in VIDEO_EXTENSIONS]
+    stems = {path.with_suffix("") for path in videos}
+    found = [
+        path for path in files if is_table(path) and not (path.suffix == ".json" and path.with_suffix("") in stems)
+    ]
+    tables = _own_tables(found)
+    infos: dict[str, dict | None] = {path.relative_to(folder).as_posix(): _sidecar(path) for path in videos}
+    listed: dict[str, dict] = {}
+    for table in tables:
+        rows = read_table(table)
+        _tell_of_missing(table, rows)
+        listed |= {Path(os.path.relpath(table.parent / name, folder)).as_posix(): row for name, row in rows.items()}
+    infos |= {name: _joined(infos.get(name), row) for name, row in listed.items()}
+    silent = [name for name, info in infos.items() if info is not None and not has_caption(info)]
+    if tables:
+        _tell_of_unlisted(folder, tables[0], [name for name in silent if name not in listed])
+    _tell_of_unread(folder, [path for path in found if path not in tables], silent)
+    return infos
+
+
+def _own_tables(tables: list[Path]) -> list[Path]:
+    """Those that are read with the videos of their folder, of which there may be one."""
+    own = [path for path in tables if path.name in IN_FOLDERS]
+    own.sort(key=lambda path: (path.parent, IN_FOLDERS.index(path.name)))
+    for one, other in pairwise(own):
+        if one.parent == other.parent:
+            raise UserError(f"{one.parent} has both {one.name} and {other.name}: keep one.")
+    return own
+
+
+def _joined(sidecar: dict | None, row: dict) -> dict:
+    """A row of a table and what the files beside the video say: the row first, but for a caption that it lacks."""
+    said = {name: value for name, value in row.items() if value is not None}
+    if has_caption(sidecar or {}) and not has_caption(row):
+        said.pop("caption", None)
+    return (sidecar or {}) | said
+
+
+def _tell_of_missing(table: Path, rows: dict[str, dict]) -> None:
+    missing = [name for name in rows if not (table.parent / name).is_file()]
+    if missing:
+        told = f"{len(missing)} of the {len(rows)} videos that {table} names are missing, the first is {missing[0]}"
+        warnings.warn(f"{told}: paths are relative to the table's folder.", stacklevel=2)
+
+
+def _tell_of_unlisted(folder: Path, table: Path, names: list[str]) -> None:
+    if names:
+        told = f"{len(names)} videos of {folder} have no caption, and no row of {table} names them"
+        warnings.warn(f"{told}, the first is {names[0]}.", stacklevel=2)
+
+
+def _tell_of_unread(folder: Path, tables: list[Path], silent: list[str]) -> None:
+    if tables and silent:
+        told = f"{len(silent)} videos of {folder} have no caption, and {tables[0]} is not read"
+        way = f"name it captions{tables[0].suffix.lower()}, or give it in place of the folder"
+        warnings.warn(f"{told}: if it has their captions, {way}.", stacklevel=2)
 
 
 def _sidecar(video: Path) -> dict | None:
@@ -111,48 +163,3 @@ def _sidecar(video: Path) -> dict | None:
         return merged(*(path.read_bytes() if path.exists() else None for path in (text, record)))
     except OSError:
         return None
-
-
-def merged(text: bytes | None, record: bytes | None) -> dict | None:
-    """What a .txt, the caption, and a .json say together, the latter first; None where they are broken."""
-    try:
-        info = json.loads(record.decode("utf-8-sig")) if record is not None else {}
-        if not isinstance(info, dict):
-            return None
-        if text is not None and not has_caption(info):
-            info |= {"caption": text.decode("utf-8-sig").strip()}
-        return info
-    except ValueError:
-        return None
-
-
-def _table(path: Path) -> dict[str, dict]:
-    """The rows of a .jsonl or .csv by the path each names, relative to the table's folder."""
-    infos: dict[str, dict] = {}
-    for line, row in _rows(path):
-        column = next((name for name in ("path", "file") if isinstance(row, dict) and row.get(name)), None)
-        if column is None:
-            raise UserError(f"{path}, line {line}: there is no path (or file) that names the video.")
-        if None in row:
-            raise UserError(f"{path}, line {line}: more fields than columns; a caption with commas needs quotes.")
-        name = Path(os.path.relpath(path.parent / str(row.pop(column)), path.parent)).as_posix()
-        if name in infos:
-            raise UserError(f"{path}, line {line}: {name} is listed before; a video has one row.")
-        infos[name] = row
-    return infos
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a table, each with the number of its line."""
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                reader = csv.DictReader(file, strict=True)
-                yield from ((reader.line_num, row) for row in reader)
-            else:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield number, json.loads(line)
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read, line {number}: {error}.") from error

@@ -11,6 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 from uuid import uuid4
 
+from data.shards.records import has_caption
 from data.shards.remote import BLOCK, RemoteFile, RemotePath, cache_folder
 from data.shards.tar import MAX_TEXT, Member, TarFile, members
 
@@ -97,10 +98,3 @@ def _known(text: bytes) -> dict:
         return {"caption": False}
     measured = {name: info[name] for name in MEASURED} if info.keys() >= set(MEASURED) else {}
     return {"caption": has_caption(info)} | measured
-
-
-def has_caption(info: dict) -> bool:
-    """Whether `caption` is a text, or a list of such, none of them empty."""
-    captions = info.get("caption")
-    captions = captions if isinstance(captions, list) else [captions]
-    return bool(captions) and all(isinstance(caption, str) and caption.strip() for caption in captions)
