@@ -10,9 +10,12 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from data.clip import Clip
 from data.codec.decode import TOLERANCE
-from data.datasets import ClipDataset, Stream
+from data.datasets import ClipDataset, Stream, caption_of, video_of
+from data.pack.probe import probe
 from data.random_numbers import sample_key
+from data.rejected import Rejected
 from data.shards.reader import Shards
+from data.shards.records import measured_by_pack
 from lightning_semgen.errors import UserError
 
 EQUAL = 1e-6  # difference in waste that is rounding
@@ -44,8 +47,10 @@ def fitting(buckets: list[Clip], seconds: np.ndarray, height: np.ndarray, width:
 
 def split_into(buckets: list[Clip], clips: ClipDataset) -> list[ClipDataset]:
     """The clips of each bucket that has any; UserError if none has, or if a shard does not know its videos' size."""
-    best = fitting(buckets, *_measured(clips.shards))
-    best[list(clips.shards.problems)] = 0  # rejected there, and counted
+    rows, unusable = _measured(clips.shards)
+    best = fitting(buckets, *rows.T)
+    good = np.delete(best, unusable)
+    best[unusable] = np.bincount(good[good >= 0], minlength=1).argmax()  # rejected there, and counted
     members = [np.flatnonzero(best == number).tolist() for number in range(len(buckets))]
     counts = [f"{len(m)} of {b.num_frames}×{b.height}×{b.width}" for b, m in zip(buckets, members, strict=True)]
     rank_zero_info(f"train: {', '.join(counts)}; {np.sum(best < 0)} too short for all of data.buckets are left out.")
@@ -61,20 +66,37 @@ def split_into(buckets: list[Clip], clips: ClipDataset) -> list[ClipDataset]:
     ]
 
 
-def _measured(shards: Shards) -> np.ndarray:
-    """(3, N): seconds, height and width of each video, 1 where it is never read."""
-    rows = []
+def _measured(shards: Shards) -> tuple[np.ndarray, list[int]]:
+    """(N, 3): seconds, height and width of each video; and the places of those that are rejected, which have 1 there.
+
+    UserError for a shard that says nothing of its videos; in one that does, a video of which it does not is looked at.
+    """
+    rows, unusable = np.ones((len(shards), 3)), []
+    told = {number for (number, *_), row in zip(shards.samples, shards.measured, strict=True) if None not in row}
     for index, row in enumerate(shards.measured):
-        if index in shards.problems:
-            row = (1, 1, 1)
-        if not all(isinstance(value, int | float) for value in row) or min(row[1:]) <= 0:
+        number = shards.samples[index][0]
+        if index not in shards.problems and number not in told:
             raise UserError(
-                f"The index of {shards.paths[shards.samples[index][0]]} does not say how long, high and wide its videos"
-                " are, by which data.buckets sorts them: write it anew by `lightning pack`, or set data.buckets to"
-                " null."
+                f"The index of {shards.paths[number]} does not say how long, high and wide its videos are, by which"
+                " data.buckets sorts them: write it anew by `lightning pack`, or set data.buckets to null."
             )
-        rows.append(row)
-    return np.array(rows, dtype=float).T
+        try:
+            rows[index] = _looked_at(shards, index) if None in row else row
+        except Rejected:
+            unusable.append(index)
+    return rows, unusable
+
+
+def _looked_at(shards: Shards, index: int) -> tuple[float, int, int]:
+    """Seconds, height and width of a video; of one that is broken what it had when it was packed, or `Rejected`."""
+    members = shards.read(index)
+    try:
+        facts = probe(video_of(members))
+    except Rejected:  # it will be again, in that bucket, and counted
+        info = caption_of(members)["info"]
+        if not (facts := measured_by_pack(info, info.get("size"))):
+            raise
+    return facts["duration"], facts["height"], facts["width"]
 
 
 class BlockOrder:

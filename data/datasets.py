@@ -1,6 +1,5 @@
 """Shards, prompt files and reference videos as datasets; a sample is a dict, a batch a dict of tensors and lists."""
 
-import json
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
@@ -17,7 +16,9 @@ from data.pack.sources import SourceVideo, find_videos
 from data.random_numbers import sample_key
 from data.rejected import Rejected
 from data.selection import Selection, select_caption
+from data.shards.index import TEXTS
 from data.shards.reader import VIDEO_EXTENSIONS, Shards
+from data.shards.records import has_caption, merged
 from lightning_semgen.errors import UserError
 
 ANY = Selection()
@@ -28,8 +29,8 @@ class ClipDataset(Dataset):
 
     A sample holds `frames` uint8 (T, 3, H, W) and `semantic_frames` (T_s, 3, H, W) or, from encoded shards, what they
     have of `features` (T', H', W', D), `moments` (T', H', W', 2d), `latents` (C, T_z, H_z, W_z) and `text` (L, dim);
-    and `caption`, `info` (its JSON), `sample` (its key). Without `needs_video` there are no `frames`, which saves
-    converting and sending them.
+    and `caption`, `info` (its JSON, and the caption), `sample` (its key). Without `needs_video` there are no `frames`,
+    which saves converting and sending them.
     """
 
     def __init__(self, shards: Shards, clip: Clip, needs_video: bool = True, selection: Selection = ANY):
@@ -166,7 +167,7 @@ class Repeated(Dataset):
 
 
 def own_prompt(video: SourceVideo) -> dict:
-    return video.info | {"caption": str(video.info.get("caption") or "")}
+    return video.info | {"caption": select_caption(video.info, None) if has_caption(video.info) else ""}
 
 
 @lru_cache(maxsize=1)  # the rows of a video follow each other
@@ -186,16 +187,19 @@ def video_of(members: dict) -> bytes:
 
 
 def caption_of(members: dict, key: int | None = None) -> dict:
-    info = json.loads(members["json"])
+    """What a sample's .json and .txt say of it; raises `Rejected` where they have no caption."""
+    info = merged(members.get("txt"), members.get("json"))
+    if info is None or not has_caption(info):  # the shard has changed since it was indexed
+        raise Rejected("no caption")
     return {"caption": select_caption(info, key), "info": info, "sample": members["__key__"]}
 
 
 def captions(shards: Shards) -> list[dict]:
-    """The JSON of every sample that is not rejected."""
+    """What is said of every sample that is not rejected."""
     infos = []
     for index in range(len(shards)):
         with suppress(Rejected):
-            described = caption_of(shards.read(index, only=("json",)))
+            described = caption_of(shards.read(index, only=TEXTS))
             infos.append(described["info"] | {"caption": described["caption"]})
     return infos
 

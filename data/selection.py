@@ -6,6 +6,9 @@ from data.clip import Clip
 from data.codec.decode import TOLERANCE, declared
 from data.random_numbers import sample_key
 from data.rejected import Rejected
+from data.shards.records import measured_by_pack
+
+LONGEST = 1e8  # seconds; beyond, timestamps may not fit the container's numbers
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,11 @@ class Selection:
 
     def room(self, video: bytes, info: dict, clip: Clip) -> int:
         """By how many frames a video is longer than the clip, 0 where it is shorter; raises `Rejected`."""
-        facts = {"duration": info.get("duration"), "fps": info.get("fps")}  # by `lightning pack`, exact
-        if not all(isinstance(value, int | float) for value in facts.values()):
+        facts = measured_by_pack(info, len(video))  # by `lightning pack`, exact
+        if facts.get("fps") is None:
             facts = declared(video)
+        if facts["duration"] > LONGEST:
+            raise Rejected("its container says it lasts for years")
         if 0 < facts["duration"] < self.min_duration:
             raise Rejected(f"shorter than {self.min_duration:g} s (data.min_duration)")
         if 0 < facts["fps"] < self.min_fps - TOLERANCE:

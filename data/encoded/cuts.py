@@ -58,7 +58,10 @@ class CutClips(ClipDataset):
 
     def sample(self, index: int, key: int | None = None) -> dict:
         described = caption_of(self.shards.read(index, only=("json",)), key)
-        start = self.selection.drawn(len(described["info"]["starts"]), key)
+        starts = described["info"].get("starts")  # by `StretchEncoding`
+        if not isinstance(starts, list) or not starts:
+            raise Rejected("no starts of clips")
+        start = self.selection.drawn(len(starts), key)
         files = {name: [f"{name}.{file}" for file in part.names(start)] for name, part in self.parts.items()}
         members = self.shards.read(index, only=("text.npy", *chain(*files.values())))
         if missing := set(chain(*files.values())) - set(members):

@@ -18,7 +18,8 @@ from data.pack.segments import split
 from data.pack.shard_sources import find_sources
 from data.pack.sources import SourceVideo, segment_key, whole_key
 from data.rejected import Rejected
-from data.shards.index import has_caption, read_index, write_atomically
+from data.shards.index import read_index, write_atomically
+from data.shards.records import MEASURED_BY, has_caption, measured_by_pack
 from data.shards.writer import write_shard
 from lightning_semgen.errors import UserError
 
@@ -107,7 +108,7 @@ def _claim(out: Path, options: dict, content: dict) -> None:
     if not path.exists():
         if any(out.glob("*.tar")):
             raise UserError(f"{out} holds shards that were not packed there: name another folder.")
-        write_atomically(path, json.dumps(options | content, indent=1))
+        write_atomically(path, json.dumps(options | content, indent=1, allow_nan=False))
     found = json.loads(path.read_text())
     for name, value in options.items():
         if found.get(name) != value:
@@ -179,9 +180,10 @@ class _Writer:
             yield self._sample(video, segment_key(video.key, number), segment.extension, segment.file, part)
 
     def _sample(self, video: SourceVideo, key: str, extension: str, file: bytes, measured: dict) -> dict:
-        info = {"path": video.name} | video.info | measured
-        match video.info.get("segment"), measured.get("segment"):
-            case [int() | float() as begin, _], [start, end]:  # of what was a segment before
+        info = {"path": video.name} | video.info | measured | MEASURED_BY
+        was_packed = bool(measured_by_pack(video.info, video.size))  # else its segment may be anything
+        match was_packed, video.info.get("segment"), measured.get("segment"):
+            case True, [int() | float() as begin, _], [start, end]:
                 info["segment"] = [round(begin + start, 3), round(begin + end, 3)]
         if self.captioner and not has_caption(info):
             self.progress.set_postfix_str(f"captioning {key}")

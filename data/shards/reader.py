@@ -16,6 +16,7 @@ import braceexpand
 from data.rejected import Rejected
 from data.shards.index import read_index
 from data.shards.pipes import PREFIX, copied
+from data.shards.records import CAPTIONS, merged
 from data.shards.remote import RemotePath
 from lightning_semgen.errors import UserError
 
@@ -79,8 +80,8 @@ class Shards:
                 self._add(number, rows)
         if not self.samples:
             raise UserError(
-                f"None of the {self.uncaptioned} samples in {self.paths[0].parent} has a caption: each needs a"
-                ' KEY.json with a "caption".'
+                f"None of the {self.uncaptioned} samples in {self.paths[0].parent} has a caption: each needs a KEY.txt,"
+                f' or a KEY.json with a "caption" (or {", ".join(CAPTIONS[1:])}){self._seen()}.'
             )
 
     def _add(self, number: int, rows: list[dict]) -> None:
@@ -95,6 +96,17 @@ class Shards:
             else:
                 self.uncaptioned += 1
         self.sizes.append(len(self.samples) - before)
+
+    def _seen(self) -> str:
+        """The members of the first sample and the names in its JSON, where there are any, for a message."""
+        path, row = next(((path, row) for path in self.paths for row in self.rows(path)), (None, None))
+        if row is None:
+            return ""
+        record = row["members"].get("json")
+        info = merged(None, _contents(path, [record])[0]) if record else {}
+        names = "" if not record else ", broken" if info is None else f" with {', '.join(info) or 'nothing in it'}"
+        told = [f"{row['key']}.{extension}{names if extension == 'json' else ''}" for extension in row["members"]]
+        return f"; the first has {', '.join(told)}"
 
     def __len__(self) -> int:
         return len(self.samples)

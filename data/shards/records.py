@@ -4,6 +4,9 @@ import json
 import math
 
 CAPTIONS = ("caption", "text", "prompt", "captions")  # the names that a caption goes by, the surest first
+MEASURED = ("duration", "width", "height", "fps", "rotation", "codec", "frames", "size")  # see `probe`
+FORMAT = 2  # of indexes, and of what `lightning pack` writes; 1 had no number
+MEASURED_BY = {"measured_by": f"lightning pack {FORMAT}"}
 
 
 def has_caption(info: dict) -> bool:
@@ -59,3 +62,31 @@ def plain(value: object) -> object:
     if value is None or isinstance(value, bytes):
         return None
     return value if isinstance(value, str | int) else str(value)
+
+
+def measured_by_pack(info: dict, size: int) -> dict:
+    """Of MEASURED what `lightning pack` found in a video of `size` bytes; empty where somebody else wrote the numbers.
+
+    Those of other tools have other senses and units. Format 1 had no mark: there the numbers must agree.
+    """
+    facts = {name: info.get(name) for name in MEASURED}
+    numbers = [facts[name] for name in ("duration", "width", "height", "rotation", "frames")]
+    numbers += [facts["fps"]] * (facts["fps"] is not None)  # it is None of a single frame without a duration
+    if not all(map(_is_number, numbers)) or not isinstance(facts["codec"], str):
+        return {}
+    if facts["size"] != size or not facts["width"] or not facts["height"]:  # another size: encoded again since then
+        return {}
+    marked = str(info.get("measured_by")).startswith("lightning pack ")
+    return facts if marked or _agree(facts["frames"], facts["duration"], facts["fps"]) else {}
+
+
+def _agree(frames: int, duration: float, fps: float | None) -> bool:
+    """Whether there are as many frames as the seconds and the rate make, both of which are rounded."""
+    if not duration:
+        return frames == 1
+    return fps is not None and abs(fps * duration - frames) <= 1e-3 * (fps + duration)
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is one that a video can have; NaN is not below anything."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9

@@ -1,6 +1,7 @@
 """WebDataset tar shards, written at once or not at all."""
 
 import glob
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +19,18 @@ def shard_writer(path: Path) -> Iterator[Callable[[dict], None]]:
     unfinished = unfinished_path(path)
     try:
         with wds.TarWriter(str(unfinished), mtime=0) as writer:
-            yield writer.write
+            yield lambda sample: writer.write(_encoded(sample))
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
     read_index(path)
+
+
+def _encoded(sample: dict) -> dict:
+    """The sample with its JSON as text, in which NaN, that no other program reads, is an error."""
+    if not isinstance(sample.get("json"), dict):
+        return sample
+    return sample | {"json": json.dumps(sample["json"], allow_nan=False).encode()}
 
 
 def remove_unfinished(path: Path) -> None:

@@ -6,7 +6,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from data.toy.checker import Reading, read_scenes, read_video
+from data.toy.checker import NONE, Reading, read_scenes, read_video
+from data.toy.world import COLOURS, DIRECTIONS, SHAPES
 from lightning_semgen.evaluation.video_metric import VideoMetric
 
 
@@ -33,7 +34,7 @@ class Adherence(VideoMetric):
         A video of several scenes has "directions" in place of "direction".
         """
         for video, info in zip(videos.cpu(), infos, strict=True):
-            if not info.keys() >= {"colour", "shape"} or not (directions := directions_of(info)):
+            if not (directions := directions_of(info)) or not _known(info.get("colour"), info.get("shape")):
                 continue
             found = [read_video(video)] if len(directions) == 1 else read_scenes(video)
             wanted = [Reading(info["colour"], info["shape"], direction) for direction in directions]
@@ -54,8 +55,14 @@ class Adherence(VideoMetric):
 
 
 def directions_of(info: dict) -> list[str]:
-    """The direction of every scene of a toy video, in order."""
-    return list(info.get("directions", [info["direction"]] if "direction" in info else []))
+    """The direction of every scene of a toy video, in order; none if the JSON of others has other values there."""
+    found = info.get("directions", [info.get("direction")])
+    directions = list(found) if isinstance(found, list | tuple) else []
+    return directions if all(way in (*DIRECTIONS, NONE) for way in directions) else []
+
+
+def _known(colour: object, shape: object) -> bool:
+    return colour in (*COLOURS, NONE) and shape in (*SHAPES, NONE)
 
 
 def shares_right(found: Sequence[Reading], wanted: Sequence[Reading]) -> list[float]:

@@ -26,6 +26,7 @@ from data.rejected import Rejected
 from data.selection import Selection, select_caption
 from data.shards.index import has_caption, index_path
 from data.shards.reader import Shards
+from data.shards.records import MEASURED_BY
 from data.shards.writer import write_shard
 from data.toy.shards import render_toy_world
 from data.toy.world import toy_clip
@@ -120,7 +121,9 @@ def test_a_late_start_is_sought_and_gives_what_decoding_from_the_beginning_gives
 
 
 def test_starts_are_random_by_key_whole_frames_and_within_the_video():
-    info, selection = {"duration": 2.0, "fps": 24.0}, Selection("random")
+    info = MEASURED_BY | {"duration": 2.0, "fps": 24.0, "frames": 48, "width": 16, "height": 16, "size": 0}
+    info |= {"rotation": 0, "codec": "h264"}
+    selection = Selection("random")
     starts = [selection.begin(b"", info, SMALL, key) for key in range(200)]
     assert starts == [selection.begin(b"", info, SMALL, key) for key in range(200)] and len(set(starts)) > 30
     assert min(starts) >= 0 and max(starts) + SMALL.duration < 2.0

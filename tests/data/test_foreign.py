@@ -1,4 +1,4 @@
-"""What others write: tables, sidecars and tars with captions under their names, and numbers that are not ours."""
+"""Tables and sidecars of others, with captions under their names; nothing of them is lost without a word."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from test_pack import VIDEO, samples, table, tar  # noqa: F401
+from test_pack import VIDEO, samples, table
 
 from data.pack.sources import find_videos
 from data.shards.records import merged, plain, with_caption
