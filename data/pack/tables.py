@@ -40,7 +40,9 @@ def read_table(path: Path) -> dict[str, dict]:
         if name in infos:
             raise UserError(f"{path}, {place}: {name} is listed before; a video has one row.")
         infos[name] = with_caption({own: _value(own, value) for own, value in row.items() if own != column})
-    if infos and not any(map(has_caption, infos.values())):
+    if not infos:
+        raise UserError(f"There are no rows in {path}.")
+    if not any(map(has_caption, infos.values())):
         known = f"{', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]}"
         warnings.warn(f"No row of {path} has a caption, which is looked for in {known}{_seen(first)}.", stacklevel=2)
     return infos
@@ -72,10 +74,10 @@ def _value(column: str, value: object) -> object:
 
 
 def _seen(row: dict) -> str:
-    """What a message says was found in place of what was looked for."""
+    """The end of a message: what was found in place of what was looked for."""
     shown = json.dumps(plain(row), ensure_ascii=False)
     shown = shown if len(shown) <= SHOWN else shown[:SHOWN] + "…"
-    return f"; its columns are {', '.join(map(str, row))}, its row is {shown}"
+    return f"; its columns are {', '.join(map(str, row))}, the row is {shown}"
 
 
 def _rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -87,7 +89,7 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
             yield f"{'row' if read in (_list, _parquet) else 'line'} {number}", row
     except (ValueError, RecursionError, csv.Error, OSError) as error:
         where = f", after line {number}" if read is _separated else ""
-        raise UserError(f"{path} cannot be read{where}: {error}.") from error
+        raise UserError(f"{path} cannot be read{where}: {str(error).rstrip('.')}.") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, object]]:

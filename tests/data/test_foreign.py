@@ -132,6 +132,9 @@ def test_a_table_without_captions_is_told_with_what_was_seen(videos):
 def test_a_table_without_paths_is_told_with_what_was_seen(videos):
     with pytest.raises(UserError, match="t.csv, line 2: there is no path.*columns are videoid, name.*a red disc"):
         find_videos(written(videos / "t.csv", [{"videoid": 7, "name": "a red disc"}]))
+    (videos / "void.csv").write_text("path,caption\n")
+    with pytest.raises(UserError, match="There are no rows in .*void.csv"):
+        find_videos(videos / "void.csv")
     (videos / "t.json").write_text('{"a.mp4": "a red disc"}')
     with pytest.raises(UserError, match="t.json is not a list of rows: its keys are a.mp4"):
         find_videos(videos / "t.json")
